@@ -1,0 +1,1 @@
+"""The daemon: sockets, security, the loop and the compute thread."""

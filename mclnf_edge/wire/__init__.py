@@ -1,0 +1,1 @@
+"""The wire protocol: typed messages, their bytes, and the client's end of a connection."""

@@ -1,0 +1,150 @@
+"""The client's end of a connection: a DEALER that is opened anew when the daemon falls silent."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import zmq
+
+from mclnf_edge.errors import ProtocolError
+from mclnf_edge.wire.codec import decode
+from mclnf_edge.wire.keys import KeyPair
+from mclnf_edge.wire.messages import MAX_PART_BYTES, ErrorReply, Message, Welcome
+
+log = logging.getLogger(__name__)
+
+Context = zmq.Context[zmq.Socket[bytes]]
+
+
+class Link:
+    """One connection with a greeting. For one thread.
+
+    `up` once the daemon has answered the greeting; `lost` after a silence, until it is up again.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        hello: bytes,
+        hello_id: int,
+        timeout_s: float,
+        server_key: str | None = None,
+        client_keys: KeyPair | None = None,
+        context: Context | None = None,
+    ) -> None:
+        """Nothing is connected before the first `maintain`."""
+        self.address, self.hello, self.hello_id = address, hello, hello_id
+        self._timeout_s = timeout_s
+        self._server_key, self._client_keys = server_key, client_keys
+        self._own_context = context is None
+        self._context = context or zmq.Context()
+        self._socket: zmq.Socket[bytes] | None = None
+        self._quiet_since = 0.0
+        self._failures = 0
+        self._announced: set[bytes] = set()
+        self.welcome: Welcome | None = None
+        self.lost = False
+
+    @property
+    def up(self) -> bool:
+        """Whether the daemon has answered this connection's greeting."""
+        return self._socket is not None and self.welcome is not None
+
+    def maintain(self, expecting: bool) -> bool:
+        """Open the connection, or open it anew after too long a silence; True when it was lost.
+
+        `expecting` says whether an answer is due. The patience doubles with every failure, up to
+        eight times the time-out: the back-off.
+        """
+        now = time.monotonic()
+        if self._socket is None:
+            self._open(now)
+        if self.up and not expecting:
+            self._quiet_since = now
+        patience = self._timeout_s * 2 ** min(self._failures, 3)
+        if now - self._quiet_since < patience:
+            return False
+        self._failures += 1
+        log.warning("%s: silent for %.1f s, connecting again", self.address, patience)
+        self.reopen()
+        self.lost = True
+        return True
+
+    def reopen(self) -> None:
+        """Throw the socket away and greet over a new one."""
+        if self._socket is not None:
+            self._socket.close(linger=0)
+        self._open(time.monotonic())
+
+    def _open(self, now: float) -> None:
+        socket = self._context.socket(zmq.DEALER)
+        for option, value in (
+            (zmq.LINGER, 0),
+            (zmq.SNDHWM, 1_000),
+            (zmq.RCVHWM, 1_000),
+            (zmq.MAXMSGSIZE, MAX_PART_BYTES),
+            (zmq.RECONNECT_IVL, 100),
+            (zmq.RECONNECT_IVL_MAX, 2_000),
+            (zmq.HEARTBEAT_IVL, 2_000),
+            (zmq.HEARTBEAT_TIMEOUT, 10_000),
+            (zmq.IPV6, 1),
+        ):
+            socket.setsockopt(option, value)
+        if self._server_key is not None and self._client_keys is not None:
+            socket.curve_serverkey = self._server_key.encode()
+            socket.curve_publickey = self._client_keys.public.encode()
+            socket.curve_secretkey = self._client_keys.secret.encode()
+        socket.connect(self.address)
+        self._socket, self.welcome = socket, None
+        self._quiet_since = now
+        self._announced.clear()
+        self.announce(self.hello)
+
+    def announce(self, hello: bytes) -> None:
+        """Send a greeting once a connection; frames of its stream follow it."""
+        if hello not in self._announced and self.send([hello]):
+            self._announced.add(hello)
+
+    def send(self, parts: list[bytes]) -> bool:
+        """Queue one message; False when the queue is full."""
+        assert self._socket is not None
+        try:
+            self._socket.send_multipart(parts, zmq.DONTWAIT)
+        except zmq.Again:
+            return False
+        return True
+
+    def receive(self, wait_s: float) -> list[Message]:
+        """What has arrived, waiting at most `wait_s` for the first; broken messages are logged."""
+        assert self._socket is not None
+        messages: list[Message] = []
+        if not self._socket.poll(int(wait_s * 1e3)):
+            return messages
+        while len(messages) < 64:
+            try:
+                parts = self._socket.recv_multipart(zmq.DONTWAIT)
+            except zmq.Again:
+                break
+            self._quiet_since = time.monotonic()
+            try:
+                messages.append(decode(parts))
+            except ProtocolError as error:
+                log.warning("%s: %s", self.address, error)
+        for message in messages:
+            self._greeted(message)
+        return messages
+
+    def _greeted(self, message: Message) -> None:
+        if isinstance(message, Welcome) and message.id == self.hello_id:
+            self.welcome, self.lost, self._failures = message, False, 0
+        elif isinstance(message, ErrorReply) and message.code == "no-hello" and self.up:
+            self.reopen()  # the daemon, or ZeroMQ below us, began a new connection
+
+    def close(self) -> None:
+        """Close at once."""
+        if self._socket is not None:
+            self._socket.close(linger=0)
+            self._socket = None
+        if self._own_context:
+            self._context.term()
