@@ -1,0 +1,210 @@
+"""Fisher information of samples and the weights of the FIM loss (paper Eq. 2, 3; Alg. 1).
+
+For the Gaussian likelihood p(s | s_hat) = N(s_hat, I) a sample's score is g = -d(|s_hat - s|^2 / 2)
+/ d theta, F = E[g g^T] (empirical Fisher) and a sample's information is q = g^T F^-1 g. The
+variance of the likelihood scales q by a constant that the division by the batch mean removes.
+
+A linear layer y = x w + b gives g_w = x^T d and g_b = d with d = dL/dy, so that everything below
+is built from x (`Tap.inputs`) and d layer by layer; no network-wide per-sample gradient is held.
+A sample may own several consecutive rows (a ray's samples): its gradient is their sum, taken
+before squaring. `rows` is the number of rows per sample, 1 for points.
+
+Letters: N samples, P parameters, M optional leading module axis, S rows per sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mclnf_edge.maths.fields import Field, Params, Tap
+
+Fisher = dict[str, Tensor]
+"""Diagonal of F, keyed and shaped as the parameters (modules first)."""
+
+RAYS_AT_ONCE = 64
+"""Per-sample matrices of one layer that exist at the same time when `rows` > 1."""
+
+
+def half_squared_error(values: Tensor, targets: Tensor) -> Tensor:
+    """|s_hat - s|^2 / 2 per sample: (..., N, d) -> (..., N), the negative log-likelihood."""
+    error: Tensor = (values - targets).square()
+    return torch.mul(error.sum(-1), 0.5)
+
+
+def scores(field: Field, params: Params, coords: Tensor, targets: Tensor) -> Tensor:
+    """Per-sample scores g (N, P), by definition: for tiny networks and tests.
+
+    P runs over `params` in their order, each flattened.
+    """
+
+    def log_likelihood(p: Params, x: Tensor, s: Tensor) -> Tensor:
+        return -half_squared_error(field(p, x.unsqueeze(0)), s.unsqueeze(0)).sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(log_likelihood), in_dims=(None, 0, 0))
+    grads: Params = per_sample(params, coords, targets)
+    return torch.cat([grads[name].flatten(1) for name in params], dim=1)
+
+
+def full_fisher(g: Tensor, damping: float = 0.0) -> Tensor:
+    """Mean of g g^T over samples plus damping * trace/P * I: (N, P) -> (P, P)."""
+    matrix = g.T @ g / len(g)
+    ridge = damping * matrix.diagonal().mean()
+    return matrix + ridge * torch.eye(len(matrix), dtype=g.dtype, device=g.device)
+
+
+def full_information(g: Tensor, matrix: Tensor) -> Tensor:
+    """q = g^T F^-1 g per sample with the whole matrix: (N, P), (P, P) -> (N,)."""
+    return (g * torch.linalg.solve(matrix, g.T).T).sum(1)
+
+
+def diagonal_moment(taps: Sequence[Tap], grads: Sequence[Tensor], rows: int = 1) -> Fisher:
+    """Mean over samples of the squared per-sample gradient, exact, layer by layer.
+
+    `grads` are dL/d(tap outputs) of the loss summed over samples. For points this is
+    (x^2)^T (d^2) / N; for rays each ray's x^T d is formed, `RAYS_AT_ONCE` at a time.
+    """
+    moment: Fisher = {}
+    for tap, d in zip(taps, grads, strict=True):
+        x, d = _per_sample(tap.inputs, rows), _per_sample(d, rows)
+        n = x.shape[-3]
+        if rows == 1:
+            x2, d2 = x.squeeze(-2).square(), d.squeeze(-2).square()
+            moment[f"{tap.layer}.w"] = x2.mT @ d2 / n
+            moment[f"{tap.layer}.b"] = d2.mean(-2)
+            continue
+        blocks = [g.square().sum(-3) for g in _ray_gradients(x, d)]
+        moment[f"{tap.layer}.w"] = torch.stack(blocks).sum(0) / n
+        moment[f"{tap.layer}.b"] = d.sum(-2).square().mean(-2)
+    return moment
+
+
+def diagonal_information(
+    taps: Sequence[Tap], grads: Sequence[Tensor], fisher: Fisher, damping: float, rows: int = 1
+) -> Tensor:
+    """q = sum_p g_p^2 / (F_p + damping * mean F) per sample, exact: (..., N)."""
+    inverse = inverse_diagonal(fisher, damping)
+    parts = []
+    for tap, d in zip(taps, grads, strict=True):
+        f_w, f_b = inverse[f"{tap.layer}.w"], inverse[f"{tap.layer}.b"]
+        x, d = _per_sample(tap.inputs, rows), _per_sample(d, rows)
+        if rows == 1:
+            x2, d2 = x.squeeze(-2).square(), d.squeeze(-2).square()
+            parts.append(((x2 @ f_w) * d2).sum(-1) + (d2 * f_b.unsqueeze(-2)).sum(-1))
+            continue
+        blocks = [(g.square() * f_w.unsqueeze(-3)).sum((-2, -1)) for g in _ray_gradients(x, d)]
+        bias = (d.sum(-2).square() * f_b.unsqueeze(-2)).sum(-1)
+        parts.append(torch.cat(blocks, dim=-1) + bias)
+    return torch.stack(parts).sum(0)
+
+
+def factored_information(taps: Sequence[Tap], grads: Sequence[Tensor], damping: float) -> Tensor:
+    """q of points with each weight's F replaced by the rank-one row x column product, (..., N).
+
+    F_jk ~ r_j c_k / sum(r) with r, c the row and column sums of the batch's diagonal F, a bias
+    counting as the weight of a constant input. Costs O(d_in + d_out) per sample, not their product.
+    """
+    squares = [
+        (torch.nn.functional.pad(t.inputs, (0, 1), value=1.0).square(), d.square())
+        for t, d in zip(taps, grads, strict=True)
+    ]
+    norms = [x2.sum(-1) * d2.sum(-1) for x2, d2 in squares]
+    size = sum(x2.shape[-1] * d2.shape[-1] for x2, d2 in squares)
+    ridge = damping * torch.stack(norms).sum(0).mean(-1)[..., None, None] / size
+    parts = []
+    for x2, d2 in squares:
+        inputs, outputs = x2.shape[-1], d2.shape[-1]
+        row = (x2 * d2.sum(-1, keepdim=True)).mean(-2, keepdim=True) + ridge * outputs
+        column = (d2 * x2.sum(-1, keepdim=True)).mean(-2, keepdim=True) + ridge * inputs
+        total = row.sum(-1)
+        parts.append((x2 / row).sum(-1) * (d2 / column).sum(-1) * total)
+    return torch.stack(parts).sum(0)
+
+
+def gradncp_score(values: Tensor, targets: Tensor, features: Tensor) -> Tensor:
+    """Tack et al. 2023: norm of the last layer's gradient, |s_hat - s| * |[features, 1]|, (..., N).
+
+    `features` (..., N, h) is the last layer's input.
+    """
+    error = torch.linalg.vector_norm(values - targets, dim=-1)
+    return torch.mul(error, (features.square().sum(-1) + 1).sqrt())
+
+
+def inverse_diagonal(fisher: Fisher, damping: float) -> Fisher:
+    """1 / (F + damping * mean F), the mean over all of a module's parameters."""
+    ridge = damping * _module_mean(fisher)
+    tiny = torch.finfo(ridge.dtype).tiny
+    return {name: 1 / (f + _like(ridge, f, name) + tiny) for name, f in fisher.items()}
+
+
+def running_mean(fisher: Fisher | None, moment: Fisher, step: int) -> Fisher:
+    """Mean of the moments of steps 1..`step`; None starts a task (Alg. 1, lines 8 and 16)."""
+    if fisher is None:
+        return moment
+    return {name: f + (moment[name] - f) / step for name, f in fisher.items()}
+
+
+def sample_weights(q: Tensor, lam: float, cap: float) -> Tensor:
+    """Eq. 3 made scale-free: w = 1 + lam * min(q / mean q, cap), then divided by its mean.
+
+    Over the last axis (samples); constant for the gradient. All ones where q is all zero, and 1 for
+    a sample whose q is not finite. Bounds: 1/(1 + lam) <= w <= 1 + lam*cap.
+    """
+    finite = torch.isfinite(q)
+    q = torch.where(finite, q, torch.zeros_like(q)).detach()
+    mean = q.sum(-1, keepdim=True) / finite.sum(-1, keepdim=True).clamp(min=1)
+    relative = torch.where(mean > 0, q / mean.clamp(min=torch.finfo(q.dtype).tiny), 0 * q)
+    w = 1 + lam * relative.clamp(max=cap)
+    return w / w.mean(-1, keepdim=True)
+
+
+def pruning_weights(score: Tensor, keep: float) -> Tensor:
+    """GradNCP's context pruning: the `keep` share of samples with the largest score, mean 1."""
+    n = score.shape[-1]
+    kept = max(1, round(keep * n))
+    chosen = score.detach().topk(kept, dim=-1).indices
+    return torch.zeros_like(score).detach().scatter(-1, chosen, n / kept)
+
+
+def shuffle(w: Tensor, generator: torch.Generator) -> Tensor:
+    """The same weights on other samples of the batch: the control that keeps the distribution."""
+    order = torch.rand(w.shape, generator=generator, device=generator.device).argsort(-1)
+    return w.gather(-1, order.to(w.device))
+
+
+def precondition(gradient: Params, fisher: Fisher, damping: float) -> Params:
+    """F^-1 grad with the damped diagonal: the direction of FIM-SGD (Eq. 12)."""
+    inverse = inverse_diagonal(fisher, damping)
+    return {name: g * inverse[name] if name in inverse else g for name, g in gradient.items()}
+
+
+def kl_gaussian(values: Tensor, others: Tensor) -> Tensor:
+    """KL between unit-variance Gaussians around two outputs, summed over samples."""
+    return half_squared_error(values, others).sum()
+
+
+def _per_sample(x: Tensor, rows: int) -> Tensor:
+    """(..., N rows, d) -> (..., N, rows, d)."""
+    return x.reshape(*x.shape[:-2], -1, rows, x.shape[-1])
+
+
+def _ray_gradients(x: Tensor, d: Tensor) -> Iterator[Tensor]:
+    """x^T d of each sample, (..., block, d_in, d_out), a block of samples at a time."""
+    blocks = zip(
+        torch.split(x, RAYS_AT_ONCE, dim=-3), torch.split(d, RAYS_AT_ONCE, dim=-3), strict=True
+    )
+    return (a.mT @ b for a, b in blocks)
+
+
+def _module_mean(fisher: Mapping[str, Tensor]) -> Tensor:
+    """Mean over all parameters, () or (M,) with a module axis."""
+    flat = [f.flatten(-2 if name.endswith(".w") else -1) for name, f in fisher.items()]
+    return torch.cat(flat, dim=-1).mean(-1)
+
+
+def _like(per_module: Tensor, parameter: Tensor, name: str) -> Tensor:
+    """() or (M,) shaped to broadcast against a parameter."""
+    axes = 2 if name.endswith(".w") else 1
+    return per_module.reshape(*per_module.shape, *[1] * axes)

@@ -1,0 +1,226 @@
+"""Layer-by-layer Fisher quantities against per-sample gradients (torch.func) in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mclnf_edge.maths import fisher
+from mclnf_edge.maths.fields import Params, Siren, Tap, replicate, stack, unstack
+
+FIELD = Siren(2, 3, width=7, layers=3, omega=5.0)
+N = 24
+
+
+def gen(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def problem(seed: int = 0) -> tuple[Params, Tensor, Tensor]:
+    g = gen(seed)
+    params = FIELD.init(g, torch.float64)
+    coords = torch.rand(N, 2, generator=g, dtype=torch.float64) * 2 - 1
+    return params, coords, torch.rand(N, 3, generator=g, dtype=torch.float64)
+
+
+def taps_of(params: Params, coords: Tensor, targets: Tensor) -> tuple[list[Tap], list[Tensor]]:
+    taps: list[Tap] = []
+    values = FIELD({k: p.requires_grad_() for k, p in params.items()}, coords, taps)
+    loss = fisher.half_squared_error(values, targets).sum()
+    return taps, list(torch.autograd.grad(loss, [t.outputs for t in taps]))
+
+
+def flat(params: Params) -> Tensor:
+    return torch.cat([p.flatten() for p in params.values()])
+
+
+def test_scores_equal_finite_differences() -> None:
+    params, coords, targets = problem()
+    g = fisher.scores(FIELD, params, coords, targets)
+    eps, index = 1e-6, 11
+    for name in params:
+        offset = sum(p.numel() for p in list(params.values())[: list(params).index(name)])
+        ends = []
+        for step in (eps, -eps):
+            moved = {k: p.detach().clone() for k, p in params.items()}
+            moved[name].view(-1)[2] += step
+            values = FIELD(moved, coords[index : index + 1])
+            ends.append(-fisher.half_squared_error(values, targets[index : index + 1]))
+        slope = (ends[0] - ends[1]) / (2 * eps)
+        assert slope.item() == pytest.approx(g[index, offset + 2].item(), rel=1e-6, abs=1e-9)
+
+
+def test_diagonal_moment_equals_squared_scores() -> None:
+    params, coords, targets = problem()
+    g = fisher.scores(FIELD, params, coords, targets)
+    moment = fisher.diagonal_moment(*taps_of(params, coords, targets))
+    torch.testing.assert_close(flat({k: moment[k] for k in params}), g.square().mean(0))
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.1])
+def test_diagonal_information_equals_its_definition(damping: float) -> None:
+    params, coords, targets = problem()
+    g = fisher.scores(FIELD, params, coords, targets)
+    taps, grads = taps_of(params, coords, targets)
+    f = fisher.diagonal_moment(taps, grads)
+    diagonal = g.square().mean(0)
+    expected = (g.square() / (diagonal + damping * diagonal.mean())).sum(1)
+    torch.testing.assert_close(fisher.diagonal_information(taps, grads, f, damping), expected)
+
+
+def test_rays_sum_their_gradient_before_squaring() -> None:
+    params, coords, targets = problem()
+    rows = 4
+
+    def ray_scores() -> Tensor:
+        g = fisher.scores(FIELD, params, coords, targets)
+        return g.view(N // rows, rows, -1).sum(1)
+
+    g = ray_scores()
+    taps, grads = taps_of(params, coords, targets)
+    moment = fisher.diagonal_moment(taps, grads, rows)
+    torch.testing.assert_close(flat({k: moment[k] for k in params}), g.square().mean(0))
+    q = fisher.diagonal_information(taps, grads, moment, 0.1, rows)
+    diagonal = g.square().mean(0)
+    torch.testing.assert_close(q, (g.square() / (diagonal + 0.1 * diagonal.mean())).sum(1))
+    apart = fisher.diagonal_moment(taps, grads)
+    assert (flat(moment) - flat(apart)).abs().max() > 1e-3 * flat(apart).max()
+
+
+def test_blocks_of_rays_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    taps, grads = taps_of(*problem())
+    whole = fisher.diagonal_moment(taps, grads, 4)
+    q = fisher.diagonal_information(taps, grads, whole, 0.1, 4)
+    monkeypatch.setattr(fisher, "RAYS_AT_ONCE", 2)
+    torch.testing.assert_close(fisher.diagonal_moment(taps, grads, 4), whole)
+    torch.testing.assert_close(fisher.diagonal_information(taps, grads, whole, 0.1, 4), q)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_stacked_modules_are_independent(rows: int) -> None:
+    problems = [problem(s) for s in range(3)]
+    params = stack([p for p, _, _ in problems])
+    coords, targets = (torch.stack([p[i] for p in problems]) for i in (1, 2))
+    taps, grads = taps_of(params, coords, targets)
+    f = fisher.diagonal_moment(taps, grads, rows)
+    q = fisher.diagonal_information(taps, grads, f, 0.05, rows)
+    factored = fisher.factored_information(taps, grads, 0.05)
+    for m, (p, x, s) in enumerate(problems):
+        own_taps, own_grads = taps_of(p, x, s)
+        own = fisher.diagonal_moment(own_taps, own_grads, rows)
+        torch.testing.assert_close(unstack(f)[m], own)
+        torch.testing.assert_close(
+            q[m], fisher.diagonal_information(own_taps, own_grads, own, 0.05, rows)
+        )
+        torch.testing.assert_close(
+            factored[m], fisher.factored_information(own_taps, own_grads, 0.05)
+        )
+
+
+def test_full_information_sums_to_the_rank() -> None:
+    """The mean of g^T F^-1 g over the samples that made F is P when F is invertible."""
+    g = torch.randn(200, 6, generator=gen(), dtype=torch.float64)
+    q = fisher.full_information(g, fisher.full_fisher(g))
+    assert q.mean().item() == pytest.approx(6.0)
+    matrix = fisher.full_fisher(g, damping=0.3)
+    ridge = 0.3 * (g.T @ g / 200).trace() / 6
+    torch.testing.assert_close(matrix, g.T @ g / 200 + ridge * torch.eye(6, dtype=torch.float64))
+
+
+def test_full_information_does_not_depend_on_the_parametrisation() -> None:
+    g = torch.randn(40, 5, generator=gen(1), dtype=torch.float64)
+    change = torch.randn(5, 5, generator=gen(2), dtype=torch.float64)
+    h = g @ change
+    torch.testing.assert_close(
+        fisher.full_information(g, fisher.full_fisher(g)),
+        fisher.full_information(h, fisher.full_fisher(h)),
+    )
+
+
+def test_factored_information_is_exact_where_f_has_rank_one_layers() -> None:
+    """One layer, one sample: x^2 d^2 has rank one, so both forms agree without damping."""
+    x = torch.tensor([[2.0, -1.0]], dtype=torch.float64)
+    d = torch.tensor([[0.5, 3.0, 1.0]], dtype=torch.float64)
+    taps = [Tap("0", x, d)]
+    f = fisher.diagonal_moment(taps, [d])
+    exact = fisher.diagonal_information(taps, [d], f, 0.0)
+    torch.testing.assert_close(fisher.factored_information(taps, [d], 0.0), exact)
+    torch.testing.assert_close(exact, torch.tensor([9.0], dtype=torch.float64))
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> float:
+    ranks = torch.stack([a.argsort().argsort(), b.argsort().argsort()]).double()
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+def test_factored_information_ranks_samples_like_the_exact_one() -> None:
+    taps, grads = taps_of(*problem(4))
+    exact = fisher.diagonal_information(taps, grads, fisher.diagonal_moment(taps, grads), 1e-3)
+    assert rank_correlation(exact, fisher.factored_information(taps, grads, 1e-3)) > 0.9
+
+
+def test_weights_are_bounded_normalised_constant_and_ignore_scale() -> None:
+    q = torch.rand(64, generator=gen(), dtype=torch.float64) ** 8
+    q.requires_grad_()
+    w = fisher.sample_weights(q, lam=0.5, cap=3.0)
+    assert not w.requires_grad
+    assert w.mean().item() == pytest.approx(1.0)
+    assert w.min() >= 1 / 1.5 and w.max() <= 1 + 0.5 * 3
+    torch.testing.assert_close(w, fisher.sample_weights(q * 1e6, 0.5, 3.0))
+    torch.testing.assert_close(fisher.sample_weights(q, 0.0, 3.0), torch.ones(64).double())
+    torch.testing.assert_close(fisher.sample_weights(0 * q, 1.0, 3.0), torch.ones(64).double())
+    order = q.argsort()
+    assert (w[order].diff() >= 0).all()
+
+
+def test_weights_by_hand() -> None:
+    w = fisher.sample_weights(torch.tensor([1.0, 1.0, 10.0]), lam=1.0, cap=2.0)
+    torch.testing.assert_close(w, torch.tensor([1.25, 1.25, 3.0]) * 3 / 5.5)
+
+
+def test_one_per_cent_outliers_cannot_own_the_batch() -> None:
+    q = torch.ones(1000)
+    q[:10] = 1e9
+    q[10] = float("inf")
+    q[11] = float("nan")
+    w = fisher.sample_weights(q, lam=1.0, cap=4.0)
+    assert torch.isfinite(w).all()
+    assert w[:10].sum() / w.sum() < 0.05
+
+
+def test_gradncp_score_is_the_last_layers_gradient_norm() -> None:
+    params, coords, targets = problem()
+    taps, grads = taps_of(params, coords, targets)
+    values = FIELD(params, coords)
+    score = fisher.gradncp_score(values, targets, taps[-1].inputs)
+    g = fisher.scores(FIELD, params, coords, targets)
+    last = sum(params[n].numel() for n in ("2.w", "2.b"))
+    torch.testing.assert_close(score, g[:, -last:].norm(dim=1))
+
+
+def test_pruning_keeps_the_largest_and_shuffling_keeps_the_distribution() -> None:
+    score = torch.tensor([0.1, 5.0, 3.0, 0.2])
+    torch.testing.assert_close(fisher.pruning_weights(score, 0.5), torch.tensor([0.0, 2, 2, 0]))
+    w = torch.rand(3, 50, generator=gen())
+    mixed = fisher.shuffle(w, gen(1))
+    torch.testing.assert_close(mixed.sort(-1).values, w.sort(-1).values)
+    assert not torch.equal(mixed, w)
+
+
+def test_running_mean_is_the_mean_of_all_moments() -> None:
+    moments = [{"0.w": torch.rand(2, 2, generator=gen(i))} for i in range(5)]
+    state = None
+    for step, moment in enumerate(moments, start=1):
+        state = fisher.running_mean(state, moment, step)
+    assert state is not None
+    torch.testing.assert_close(state["0.w"], torch.stack([m["0.w"] for m in moments]).mean(0))
+
+
+def test_preconditioning_divides_by_the_damped_diagonal_of_each_module() -> None:
+    single = {"0.w": torch.tensor([[1.0, 3.0]]), "0.b": torch.tensor([2.0, 2.0])}
+    gradient = {"0.w": torch.ones(1, 2), "0.b": torch.ones(2)}
+    out = fisher.precondition(gradient, single, damping=0.5)
+    torch.testing.assert_close(out["0.w"], torch.tensor([[0.5, 0.25]]))
+    both = fisher.precondition(replicate(gradient, 2), stack([single, single]), 0.5)
+    torch.testing.assert_close(both["0.b"][1], out["0.b"])
