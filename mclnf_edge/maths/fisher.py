@@ -30,8 +30,7 @@ RAYS_AT_ONCE = 64
 
 def half_squared_error(values: Tensor, targets: Tensor) -> Tensor:
     """|s_hat - s|^2 / 2 per sample: (..., N, d) -> (..., N), the negative log-likelihood."""
-    error: Tensor = (values - targets).square()
-    return torch.mul(error.sum(-1), 0.5)
+    return 0.5 * torch.sum((values - targets) ** 2, dim=-1)
 
 
 def scores(field: Field, params: Params, coords: Tensor, targets: Tensor) -> Tensor:
@@ -41,7 +40,7 @@ def scores(field: Field, params: Params, coords: Tensor, targets: Tensor) -> Ten
     """
 
     def log_likelihood(p: Params, x: Tensor, s: Tensor) -> Tensor:
-        return -half_squared_error(field(p, x.unsqueeze(0)), s.unsqueeze(0)).sum()
+        return torch.neg(half_squared_error(field(p, x.unsqueeze(0)), s.unsqueeze(0)).sum())
 
     per_sample = torch.func.vmap(torch.func.grad(log_likelihood), in_dims=(None, 0, 0))
     grads: Params = per_sample(params, coords, targets)
