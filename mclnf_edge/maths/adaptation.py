@@ -154,6 +154,31 @@ def adapt(
     return params, state, stats
 
 
+def weighted_loss(
+    field: Field,
+    params: Params,
+    batch: tuple[Tensor, Tensor],
+    rule: Rule,
+    *,
+    rows: int = 1,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """mean_i w_i |s_hat_i - s_i|^2 per module (...,), differentiable in `params`, w constant.
+
+    The outer loop's loss (Alg. 1, line 23); F is that of this batch.
+    """
+    taps: list[Tap] = []
+    values = field(params, batch[0], taps)
+    half = fi.half_squared_error(values, batch[1])
+    if rule.weighting == "none":
+        return 2 * half.mean(-1)
+    d = torch.autograd.grad(half.sum(), [t.outputs for t in taps], retain_graph=True)
+    memory = _remember(taps, d, State(), rule, rows)
+    features = taps[-1].inputs
+    weights = _weights(taps, d, values, batch[1], features, memory, rule, rows, generator)
+    return 2 * (weights * half).mean(-1)
+
+
 def rate_at(rates: Rates, name: str, step: int) -> float | Tensor:
     """Step size of parameter `name` at step number `step`, from 0."""
     if isinstance(rates, float | int):

@@ -56,7 +56,7 @@ def full_fisher(g: Tensor, damping: float = 0.0) -> Tensor:
 
 def full_information(g: Tensor, matrix: Tensor) -> Tensor:
     """q = g^T F^-1 g per sample with the whole matrix: (N, P), (P, P) -> (N,)."""
-    return (g * torch.linalg.solve(matrix, g.T).T).sum(1)
+    return torch.sum(g * torch.linalg.solve(matrix, g.T).T, dim=1)
 
 
 def diagonal_moment(taps: Sequence[Tap], grads: Sequence[Tensor], rows: int = 1) -> Fisher:

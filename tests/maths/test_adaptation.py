@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mclnf_edge.maths import fisher
 from mclnf_edge.maths.adaptation import Rule, State, Weighting, adapt, inner_step
+from mclnf_edge.maths.adaptation import weighted_loss as outer_loss
 from mclnf_edge.maths.fields import Params, Siren, stack, unstack
 
 FIELD = Siren(2, 3, width=6, layers=3, omega=4.0)
@@ -223,3 +224,15 @@ def test_rates_per_step_use_the_last_beyond_their_number() -> None:
 def test_shuffled_control_without_randomness_is_refused() -> None:
     with pytest.raises(ValueError, match="generator"):
         adapt(FIELD, start(), [batch()], 0.1, Rule("shuffled"))
+
+
+def test_weighted_loss_is_what_one_step_descends() -> None:
+    params, data = start(), batch()
+    rule = Rule("diagonal", lam=0.6, cap=4.0)
+    leaves = {k: p.clone().requires_grad_() for k, p in params.items()}
+    outer_loss(FIELD, leaves, data, rule).backward()
+    moved, _, _ = inner_step(FIELD, params, State(), data, 0.1, rule)
+    for name in params:
+        torch.testing.assert_close(moved[name] - params[name], -0.1 * leaves[name].grad)
+    plain = outer_loss(FIELD, params, data, Rule())
+    torch.testing.assert_close(plain, weighted_loss(params, data, torch.ones(16).double()))

@@ -1,0 +1,122 @@
+"""Signals cut into sequences of tasks: coordinates in [-1, 1] and centred values.
+
+Letters: T tasks, N samples per task, d coordinates, c channels. Pictures and videos are stored as
+value - 0.5, audio as it is. Coordinates are those of the whole signal, so that one shared start can
+know where in the signal a module stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Cut = Literal["strips", "interleaved"]
+Signal = npt.NDArray[Any]
+Order = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One signal as T tasks that arrive one after the other.
+
+    `order` (T, N) numbers each sample by its place in the flattened signal of shape `shape`;
+    `offset` is what was subtracted from the values and `peak` their range, for PSNR.
+    """
+
+    name: str
+    coords: Tensor
+    values: Tensor
+    order: Tensor
+    shape: tuple[int, ...]
+    offset: float
+    peak: float
+
+    @property
+    def tasks(self) -> int:
+        """T."""
+        return len(self.coords)
+
+    def rebuild(self, predicted: Tensor) -> Signal:
+        """(T, N, c) -> the signal as it was given, clipped to its range."""
+        flat = torch.empty_like(predicted.reshape(-1, predicted.shape[-1]))
+        flat[self.order.reshape(-1)] = predicted.reshape(flat.shape)
+        low = 0.0 if self.offset else -1.0
+        return (flat + self.offset).clamp(low, 1.0).reshape(self.shape).cpu().numpy()
+
+
+def grid(sizes: Sequence[int]) -> Tensor:
+    """Centres of a regular grid over [-1, 1]^d, (prod(sizes), d), last axis fastest."""
+    axes = [(torch.arange(n, dtype=torch.float32) * 2 + 1) / n - 1 for n in sizes]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, len(sizes))
+
+
+def image_episode(name: str, image: Signal, tasks: int = 4, cut: Cut = "strips") -> Episode:
+    """(H, W, 3) in 0..1 -> `tasks` vertical strips (180x45 of 180x180), or interleaved quarters.
+
+    Strips drop the last columns where W is no multiple of `tasks`; "interleaved" is appendix D's
+    sub-images of half the resolution (pixels (i, j) with the same parities) and needs 4 tasks.
+    """
+    if cut == "interleaved":
+        if tasks != 4:
+            raise ValueError(f"interleaved sub-images are 4 tasks, received {tasks}")
+        height, width = image.shape[0] // 2 * 2, image.shape[1] // 2 * 2
+        numbers = np.arange(height * width).reshape(height, width)
+        parts = [numbers[i::2, j::2].reshape(-1) for i in (0, 1) for j in (0, 1)]
+    else:
+        height, width = image.shape[0], image.shape[1] // tasks * tasks
+        numbers = np.arange(height * width).reshape(height, width)
+        parts = [part.reshape(-1) for part in np.split(numbers, tasks, axis=1)]
+    return _episode(name, image[:height, :width], np.stack(parts), 2, 0.5, 1.0)
+
+
+def video_episode(name: str, frames: Signal, tasks: int = 4, cut: Cut = "strips") -> Episode:
+    """(F, H, W, 3) in 0..1 -> `tasks` runs of frames; coordinates (t, y, x).
+
+    "interleaved" cuts every frame into four half-resolution pictures instead (appendix D).
+    """
+    count, height, width = frames.shape[:3]
+    if cut == "interleaved":
+        height, width = height // 2 * 2, width // 2 * 2
+        frames = frames[:, :height, :width]
+        numbers = np.arange(count * height * width).reshape(count, height, width)
+        parts = [numbers[:, i::2, j::2].reshape(-1) for i in (0, 1) for j in (0, 1)]
+        return _episode(name, frames, np.stack(parts), 3, 0.5, 1.0)
+    frames = frames[: count // tasks * tasks]
+    if not len(frames):
+        raise ValueError(f"{name}: {count} frames cannot be cut into {tasks} runs")
+    numbers = np.arange(len(frames) * height * width)
+    return _episode(name, frames, np.stack(np.split(numbers, tasks)), 3, 0.5, 1.0)
+
+
+def audio_episode(name: str, samples: Signal, tasks: int = 4, cut: Cut = "strips") -> Episode:
+    """(L,) in -1..1 -> `tasks` segments along time; its PSNR takes the range 2."""
+    if cut != "strips":
+        raise ValueError("audio has no reduced-resolution setting")
+    samples = samples[: len(samples) // tasks * tasks]
+    order = np.stack(np.split(np.arange(len(samples)), tasks))
+    return _episode(name, samples, order, 1, 0.0, 2.0)
+
+
+CUTTERS: dict[str, Callable[[str, Signal, int, Cut], Episode]] = {
+    "image": image_episode,
+    "video": video_episode,
+    "audio": audio_episode,
+}
+
+
+def _episode(
+    name: str, signal: Signal, order: Order, axes: int, offset: float, peak: float
+) -> Episode:
+    channels = 1 if signal.ndim == axes else signal.shape[-1]
+    flat = torch.from_numpy(np.ascontiguousarray(signal, dtype=np.float32)).reshape(-1, channels)
+    index = torch.from_numpy(order)
+    coords = grid(signal.shape[:axes])
+    return Episode(
+        name, coords[index], flat[index] - offset, index, tuple(signal.shape), offset, peak
+    )
