@@ -1,0 +1,1 @@
+"""A generator of deterministic, textured, ray-traced training cities."""
