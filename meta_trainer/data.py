@@ -1,0 +1,300 @@
+"""Signals of the paper's data sets, of the small stand-ins, and of plain folders.
+
+Pictures are (H, W, 3) float32 in 0..1, videos (F, H, W, 3), audio (L,) in -1..1 at 16 kHz. A data
+set yields `Item`s, which read their file when asked.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from mclnf_edge.errors import CaptureError
+
+Split = Literal["train", "val", "test"]
+Kind = Literal["image", "audio", "video"]
+Signal = npt.NDArray[np.float32]
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+SOUNDS = (".wav", ".flac")
+CLIPS = (".mp4", ".avi", ".mov", ".mkv")
+SAMPLE_RATE_HZ = 16_000
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is cut from a file: picture side in pixels, padding, frames, audio samples."""
+
+    side: int = 160
+    pad: int = 0
+    frames: int = 8
+    samples: int = 48_000
+
+
+@dataclass(frozen=True)
+class Item:
+    """One signal: its name, and how to read it."""
+
+    name: str
+    path: Path
+    kind: Kind
+    shape: Shape
+
+    def load(self) -> Signal:
+        """Read and cut the signal; CaptureError when the file is broken or too short."""
+        return LOADERS[self.kind](self.path, self.shape)
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set's layout. `paths(root, split)` lists its files; `help` says how to get it.
+
+    `paper` names the data set of the paper's tables whose figures stand beside ours.
+    """
+
+    name: str
+    kind: Kind
+    shape: Shape
+    paths: Callable[[Path, Split], list[Path]]
+    folder: str
+    help: str
+    paper: str
+
+
+def default_root() -> Path:
+    """MCLNF_DATA, or `../shared/data` beside the repository."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    return Path(os.environ.get("MCLNF_DATA", beside))
+
+
+def open_items(name: str, split: Split, root: Path | None = None) -> list[Item]:
+    """The signals of one split of a named data set below `root`, sorted by path.
+
+    Raises:
+        CaptureError: the data set is unknown, or not there; says where to get it and how to lay it
+            out.
+    """
+    if name not in DATASETS:
+        raise CaptureError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
+    data = DATASETS[name]
+    base = (root or default_root()) / data.folder
+    paths = data.paths(base, split) if base.is_dir() else []
+    if not paths:
+        raise CaptureError(f"{name} ({split}): nothing found at {base}. {data.help}")
+    return [Item(p.stem, p, data.kind, data.shape) for p in sorted(paths)]
+
+
+def open_folder(folder: Path, like: str) -> list[Item]:
+    """Signals of a plain folder (pictures, sounds, frame folders or clips), cut as data set `like`.
+
+    Files below `folder` are found at any depth.
+    """
+    data = DATASETS[like]
+    paths = FINDERS[data.kind](folder) if folder.is_dir() else []
+    if not paths:
+        raise CaptureError(f"{folder}: expected {data.kind} files for {like}, found none")
+    return [Item(p.stem, p, data.kind, data.shape) for p in sorted(paths)]
+
+
+def load_image(path: Path, shape: Shape) -> Signal:
+    """Central square, scaled to `side` and zero-padded by `pad` pixels on every edge."""
+    picture = _decode(path)
+    side = min(picture.shape[:2])
+    top, left = (picture.shape[0] - side) // 2, (picture.shape[1] - side) // 2
+    picture = picture[top : top + side, left : left + side]
+    if side != shape.side:
+        how = cv2.INTER_AREA if side > shape.side else cv2.INTER_CUBIC
+        picture = np.asarray(cv2.resize(picture, (shape.side, shape.side), interpolation=how))
+    p = shape.pad
+    return np.pad(picture, ((p, p), (p, p), (0, 0))).astype(np.float32) / 255.0
+
+
+def load_audio(path: Path, shape: Shape) -> Signal:
+    """The middle `samples` samples, mono."""
+    import soundfile  # type: ignore[import-untyped]  # only audio experiments need it
+
+    try:
+        sound, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (OSError, RuntimeError) as error:
+        raise CaptureError(f"{path}: cannot be read as audio: {error}") from error
+    if rate != SAMPLE_RATE_HZ:
+        raise CaptureError(f"{path}: expected {SAMPLE_RATE_HZ} Hz, received {rate} Hz")
+    if len(sound) < shape.samples:
+        raise CaptureError(f"{path}: expected {shape.samples} samples, received {len(sound)}")
+    begin = (len(sound) - shape.samples) // 2
+    return np.asarray(sound[begin : begin + shape.samples].mean(1), dtype=np.float32)
+
+
+def load_video(path: Path, shape: Shape) -> Signal:
+    """`frames` frames at constant intervals from a frame folder or a clip."""
+    pictures = _folder_frames(path, shape) if path.is_dir() else _clip_frames(path, shape)
+    how = cv2.INTER_AREA
+    scaled = [cv2.resize(p, (shape.side, shape.side), interpolation=how) for p in pictures]
+    return np.stack(scaled).astype(np.float32) / 255.0
+
+
+def spread(count: int, wanted: int, what: Path) -> list[int]:
+    """`wanted` of `count` places at constant intervals, from the first."""
+    if count < wanted:
+        raise CaptureError(f"{what}: expected at least {wanted} frames, received {count}")
+    return [i * (count // wanted) for i in range(wanted)]
+
+
+def _decode(path: Path) -> npt.NDArray[np.uint8]:
+    picture = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    if picture is None:
+        raise CaptureError(f"{path}: cannot be read as a picture")
+    return np.asarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), dtype=np.uint8)
+
+
+def _folder_frames(path: Path, shape: Shape) -> list[npt.NDArray[np.uint8]]:
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES)
+    return [_decode(files[i]) for i in spread(len(files), shape.frames, path)]
+
+
+def _clip_frames(path: Path, shape: Shape) -> list[npt.NDArray[np.uint8]]:
+    reader = cv2.VideoCapture(str(path))
+    frames: list[npt.NDArray[np.uint8]] = []
+    while (got := reader.read())[0]:
+        frames.append(np.asarray(cv2.cvtColor(got[1], cv2.COLOR_BGR2RGB), dtype=np.uint8))
+    reader.release()
+    return [frames[i] for i in spread(len(frames), shape.frames, path)]
+
+
+def _files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes)
+
+
+def _clips(folder: Path) -> list[Path]:
+    """Clip files, and folders that hold frames."""
+    frames = {p.parent for p in _files(folder, PICTURES)}
+    return sorted([*_files(folder, CLIPS), *frames])
+
+
+FINDERS: dict[Kind, Callable[[Path], list[Path]]] = {
+    "image": lambda folder: _files(folder, PICTURES),
+    "audio": lambda folder: _files(folder, SOUNDS),
+    "video": _clips,
+}
+LOADERS: dict[Kind, Callable[[Path, Shape], Signal]] = {
+    "image": load_image,
+    "audio": load_audio,
+    "video": load_video,
+}
+
+
+def _stand_in(kind: Kind) -> Callable[[Path, Split], list[Path]]:
+    """train/ and val/: the last eighth of train/ chooses settings, val/ is the test set."""
+
+    def paths(base: Path, split: Split) -> list[Path]:
+        if split == "test":
+            return FINDERS[kind](base / "val")
+        known = FINDERS[kind](base / "train")
+        cut = len(known) - max(1, len(known) // 8)
+        return known[:cut] if split == "train" else known[cut:]
+
+    return paths
+
+
+def _sample(name: str, kind: Kind, shape: Shape, folder: str, paper: str) -> DataSet:
+    return DataSet(name, kind, shape, _stand_in(kind), folder, _SAMPLE_HELP, paper)
+
+
+def _celeba(base: Path, split: Split) -> list[Path]:
+    """img_align_celeba/*.jpg by list_eval_partition.txt (0 train, 1 val, 2 test)."""
+    folder = base / "img_align_celeba"
+    lists = [base / "list_eval_partition.txt", base / "Eval" / "list_eval_partition.txt"]
+    table = next((p for p in lists if p.is_file()), None)
+    if table is None or not folder.is_dir():
+        return []
+    wanted = {"train": "0", "val": "1", "test": "2"}[split]
+    rows = [line.split() for line in table.read_text().splitlines() if line.strip()]
+    return [folder / r[0] for r in rows if r[1] == wanted and (folder / r[0]).is_file()]
+
+
+def _imagenette(base: Path, split: Split) -> list[Path]:
+    """train/<class>/*.JPEG and val/<class>/*.JPEG; every tenth of train/ chooses settings."""
+    if split == "test":
+        return _files(base / "val", PICTURES)
+    known = _files(base / "train", PICTURES)
+    return [p for i, p in enumerate(known) if (i % 10 == 9) == (split == "val")]
+
+
+def _ffhq(base: Path, split: Split) -> list[Path]:
+    """images*/<thousand>/<number>.png: below 59,000 train, to 60,000 val, the rest test."""
+    known = [p for p in _files(base, PICTURES) if p.stem.isdigit()]
+    low, high = {"train": (0, 59_000), "val": (59_000, 60_000), "test": (60_000, 70_000)}[split]
+    return [p for p in known if low <= int(p.stem) < high]
+
+
+def _voxceleb(base: Path, split: Split) -> list[Path]:
+    """{dev,test}/mp4/<speaker>/<video>/<number>.mp4; every tenth speaker of dev is val."""
+    if split == "test":
+        return _files(base / "test", CLIPS)
+    known = _files(base / "dev", CLIPS)
+    speakers = sorted({p.parents[1].name for p in known})
+    held = set(speakers[9::10])
+    return [p for p in known if (p.parents[1].name in held) == (split == "val")]
+
+
+def _librispeech(base: Path, split: Split) -> list[Path]:
+    """{train-clean-100,dev-clean,test-clean}/<speaker>/<chapter>/*.flac."""
+    names = {"train": "train-clean-*", "val": "dev-clean", "test": "test-clean"}
+    return [p for folder in sorted(base.glob(names[split])) for p in _files(folder, SOUNDS)]
+
+
+_FACE, _PHOTO, _TALK = Shape(178, pad=1), Shape(160), Shape(112)
+_ONE, _THREE = Shape(samples=16_000), Shape(samples=48_000)
+_SPEECH_HELP = (
+    "Get LibriSpeech (train-clean-100, dev-clean, test-clean) from openslr.org/12 and unpack it to "
+    "LibriSpeech/<part>/<speaker>/<chapter>/*.flac."
+)
+_SAMPLE_HELP = "Stand-in: a folder with train/ and val/; set MCLNF_DATA or --root."
+
+DATASETS: dict[str, DataSet] = {
+    d.name: d
+    for d in (
+        DataSet(
+            "celeba", "image", _FACE, _celeba, "celeba",
+            "Get CelebA (aligned and cropped) from mmlab.ie.cuhk.edu.hk/projects/CelebA.html and "
+            "lay out celeba/img_align_celeba/*.jpg and celeba/list_eval_partition.txt.", "celeba",
+        ),
+        DataSet(
+            "imagenette", "image", _PHOTO, _imagenette, "imagenette2-160",
+            "Get imagenette2-160 from github.com/fastai/imagenette and unpack it to "
+            "imagenette2-160/{train,val}/<class>/*.JPEG.", "imagenette",
+        ),
+        DataSet(
+            "ffhq", "image", Shape(512), _ffhq, "ffhq",
+            "Get FFHQ from github.com/NVlabs/ffhq-dataset and lay out "
+            "ffhq/images1024x1024/<thousand>/<number>.png (any resolution).", "ffhq",
+        ),
+        DataSet(
+            "voxceleb2", "video", _TALK, _voxceleb, "voxceleb2",
+            "Get VoxCeleb2 from robots.ox.ac.uk/~vgg/data/voxceleb and lay out "
+            "voxceleb2/{dev,test}/mp4/<speaker>/<video>/*.mp4.", "voxceleb2",
+        ),
+        DataSet(
+            "librispeech1", "audio", _ONE, _librispeech, "LibriSpeech", _SPEECH_HELP,
+            "librispeech1",
+        ),
+        DataSet(
+            "librispeech3", "audio", _THREE, _librispeech, "LibriSpeech", _SPEECH_HELP,
+            "librispeech3",
+        ),
+        _sample("faces", "image", _FACE, "faces", "celeba"),
+        _sample("photos", "image", _PHOTO, "photos", "imagenette"),
+        _sample("speech1", "audio", _ONE, "speech", "librispeech1"),
+        _sample("speech", "audio", _THREE, "speech", "librispeech3"),
+        _sample("video", "video", _TALK, "video", "voxceleb2"),
+    )
+}  # fmt: skip
