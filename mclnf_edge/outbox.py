@@ -28,7 +28,6 @@ from mclnf_edge.wire.messages import (
     Ack,
     Acks,
     ErrorReply,
-    Identity,
     Message,
     Put,
     PutFrame,
@@ -40,25 +39,19 @@ from mclnf_edge.wire.window import Entry, SendWindow
 
 log = logging.getLogger(__name__)
 
-_TICK_S = 0.05
+TICK_S = 0.05
 """Longest wait for a message before timers are looked at again."""
 
 
 class Outbox:
     """What has been taken from the caller and is not answered yet. For one thread."""
 
-    def __init__(
-        self,
-        link: Link,
-        spool: Spool | None,
-        timeout_s: float,
-        on_ack: Callable[[Ack], None] | None = None,
-    ) -> None:
+    def __init__(self, link: Link, spool: Spool | None, timeout_s: float) -> None:
         """`counts` grows by one status for each final answer; `on_ack` hears each once."""
         self.counts: Counter[str] = Counter()
-        self.answers: dict[Identity, Ack | None] = {}
+        self.on_ack: Callable[[Ack], None] | None = None
         self._link, self._spool = link, spool
-        self._timeout_s, self._on_ack = timeout_s, on_ack
+        self._timeout_s = timeout_s
         self._window = SendWindow()
         self._refused: dict[bytes, ErrorReply] = {}
 
@@ -67,10 +60,6 @@ class Outbox:
         """Frames taken but not answered, in flight or in the spool."""
         spooled = len(self._spool) if self._spool is not None else 0
         return spooled + sum(entry.ticket is None for entry in self._window)
-
-    def __contains__(self, identity: object) -> bool:
-        """Whether this frame is in flight."""
-        return identity in self._window
 
     def take(self, put: Put, patience_s: float) -> None:
         """Take a frame; it leaves as soon as link, credit and the older frames allow.
@@ -88,7 +77,10 @@ class Outbox:
             self.keep()
             self._spool.append([entry.record])
         else:
-            raise Unreachable(f"{self._link.address}: no credit for a frame in {patience_s:.0f} s")
+            where = self._link.address
+            raise Unreachable(
+                f"{where}: no answer that allows another frame for {patience_s:.3g} s"
+            )
         self.pump(0)
 
     def keep(self) -> None:
@@ -107,15 +99,12 @@ class Outbox:
             left = deadline - time.monotonic()
             if left <= 0:
                 return False
-            self.pump(min(left, _TICK_S))
+            self.pump(min(left, TICK_S))
         return True
 
-    def pump(self, wait_s: float, expecting: bool = False) -> list[Message]:
-        """One turn: connection, spool, what is due, what has arrived; replies to others' requests.
-
-        `expecting` says that the caller waits for a reply, so that a silence is a lost link.
-        """
-        if self._link.maintain(expecting or bool(self._window)):
+    def pump(self, wait_s: float) -> list[Message]:
+        """One turn: connection, spool, what is due, what has arrived; the replies to requests."""
+        if self._link.maintain(expecting=bool(self._window)):
             try:
                 self.keep()
             except DiskFull as error:
@@ -207,10 +196,8 @@ class Outbox:
         self.counts[ack.status] += 1
         if ack.status == "rejected":
             log.warning("frame %d rejected: %s: %s", ack.seq, ack.code, ack.reason)
-        if ack.identity in self.answers:
-            self.answers[ack.identity] = ack
-        if self._on_ack is not None:
-            self._on_ack(ack)
+        if self.on_ack is not None:
+            self.on_ack(ack)
 
 
 def remote_error(error: ErrorReply) -> MclnfError:

@@ -59,7 +59,7 @@ class Endpoint:
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._socket = self._context.socket(zmq.ROUTER)
         try:
-            self._configure()
+            self._configure(ipv6="[" in bind)
             self._socket.bind(bind)
         except zmq.ZMQError as error:
             self.close()
@@ -70,7 +70,7 @@ class Endpoint:
         self._poller.register(self._wake_read, zmq.POLLIN)
         log.info("listening at %s, %s", self.address, "CURVE" if keyring else "loopback, plain")
 
-    def _configure(self) -> None:
+    def _configure(self, ipv6: bool) -> None:
         for option, value in (
             (zmq.LINGER, 0),
             (zmq.ROUTER_MANDATORY, 1),
@@ -82,7 +82,7 @@ class Endpoint:
             (zmq.HEARTBEAT_TIMEOUT, 15_000),
             (zmq.HEARTBEAT_TTL, 20_000),
             (zmq.BACKLOG, 256),
-            (zmq.IPV6, 1),
+            (zmq.IPV6, int(ipv6)),
         ):
             self._socket.setsockopt(option, value)
         if self._keyring is not None:
@@ -96,7 +96,8 @@ class Endpoint:
     def receive(self, timeout_ms: int, limit: int = 64) -> list[Incoming]:
         """Up to `limit` waiting messages; waits at most `timeout_ms` for the first or a `wake`.
 
-        A message with too many parts is counted in `dropped` and let go before it is copied.
+        A message with too many parts, or of a key that lost its rights while connected, is counted
+        in `dropped` and let go before it is copied.
         """
         ready = dict(self._poller.poll(timeout_ms))
         if self._wake_read in ready:
@@ -110,8 +111,11 @@ class Endpoint:
             if not 1 <= len(frames) <= MAX_PARTS:
                 self.dropped["parts"] += 1
                 continue
-            parts = [frame.bytes for frame in frames]
-            messages.append(Incoming(peer.bytes, self._user(frames[0]), parts))
+            user = self._user(frames[0])
+            if not user.roles:
+                self.dropped["stranger"] += 1
+                continue
+            messages.append(Incoming(peer.bytes, user, [frame.bytes for frame in frames]))
         return messages
 
     def _user(self, frame: zmq.Frame) -> User:

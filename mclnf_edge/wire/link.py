@@ -1,4 +1,4 @@
-"""The client's end of a connection: a DEALER that is opened anew when the daemon falls silent."""
+"""The client's end of a connection: a DEALER that is opened anew when it breaks or falls silent."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import time
 
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
 from mclnf_edge.errors import ProtocolError
 from mclnf_edge.wire.codec import decode
@@ -16,51 +17,70 @@ log = logging.getLogger(__name__)
 
 Context = zmq.Context[zmq.Socket[bytes]]
 
+_FAULTS = {
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH: "the daemon does not know our key",
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "the peer's encryption is not ours",
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "the handshake failed: wrong server key, or no daemon",
+}
+_EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | sum(_FAULTS)
+
 
 class Link:
-    """One connection with a greeting. For one thread.
+    """One connection, with a greeting for who publishes. For one thread.
 
-    `up` once the daemon has answered the greeting; `lost` after a silence, until it is up again.
+    `connection` counts the sockets opened so far: what was sent over an older one may be lost.
+    `lost` says that the daemon did not answer the greeting or the frames in time; `fault` why the
+    last handshake failed, "" when none did.
     """
 
     def __init__(
         self,
         address: str,
-        hello: bytes,
-        hello_id: int,
         timeout_s: float,
         server_key: str | None = None,
         client_keys: KeyPair | None = None,
         context: Context | None = None,
     ) -> None:
         """Nothing is connected before the first `maintain`."""
-        self.address, self.hello, self.hello_id = address, hello, hello_id
+        self.address, self.hello, self.hello_id = address, b"", -1
+        self.welcome: Welcome | None = None
+        self.lost, self.fault, self.connection = False, "", 0
         self._timeout_s = timeout_s
         self._server_key, self._client_keys = server_key, client_keys
         self._own_context = context is None
         self._context = context or zmq.Context()
         self._socket: zmq.Socket[bytes] | None = None
+        self._monitor: zmq.Socket[bytes] | None = None
+        self._shaken = False
         self._quiet_since = 0.0
         self._failures = 0
         self._announced: set[bytes] = set()
-        self.welcome: Welcome | None = None
-        self.lost = False
 
     @property
     def up(self) -> bool:
         """Whether the daemon has answered this connection's greeting."""
         return self._socket is not None and self.welcome is not None
 
-    def maintain(self, expecting: bool) -> bool:
-        """Open the connection, or open it anew after too long a silence; True when it was lost.
+    def greet(self, hello: bytes, hello_id: int) -> None:
+        """Greet with this encoded `Hello` from now on, over this and every later connection."""
+        self.hello, self.hello_id, self.welcome = hello, hello_id, None
+        self._quiet_since = time.monotonic()
+        if self._socket is not None:
+            self.announce(hello)
 
-        `expecting` says whether an answer is due. The patience doubles with every failure, up to
-        eight times the time-out: the back-off.
+    def maintain(self, expecting: bool) -> bool:
+        """Open the connection, anew when it broke or after too long a silence; True for a silence.
+
+        `expecting` says whether an answer to a frame is due; a greeting's always is. The patience
+        doubles with every failure, up to eight times the time-out: the back-off.
         """
         now = time.monotonic()
         if self._socket is None:
             self._open(now)
-        if self.up and not expecting:
+        elif self._broken():
+            log.warning("%s: the connection broke, connecting again", self.address)
+            self.reopen()
+        if not self.hello or (self.up and not expecting):
             self._quiet_since = now
         patience = self._timeout_s * 2 ** min(self._failures, 3)
         if now - self._quiet_since < patience:
@@ -71,14 +91,27 @@ class Link:
         self.lost = True
         return True
 
+    def _broken(self) -> bool:
+        """Whether ZeroMQ reports that an established connection ended; notes failed handshakes."""
+        broken = False
+        while self._monitor is not None and self._monitor.poll(0):
+            event = parse_monitor_message(self._monitor.recv_multipart())["event"]
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._shaken, self.fault = True, ""
+            elif event == zmq.EVENT_DISCONNECTED:
+                broken = broken or self._shaken
+            else:
+                self.fault = _FAULTS[zmq.Event(event)]
+        return broken
+
     def reopen(self) -> None:
-        """Throw the socket away and greet over a new one."""
-        if self._socket is not None:
-            self._socket.close(linger=0)
+        """Throw the socket away and connect, and greet, over a new one."""
+        self._drop()
         self._open(time.monotonic())
 
     def _open(self, now: float) -> None:
         socket = self._context.socket(zmq.DEALER)
+        heartbeat_ms = max(1, int(self._timeout_s * 1e3))
         for option, value in (
             (zmq.LINGER, 0),
             (zmq.SNDHWM, 1_000),
@@ -86,8 +119,9 @@ class Link:
             (zmq.MAXMSGSIZE, MAX_PART_BYTES),
             (zmq.RECONNECT_IVL, 100),
             (zmq.RECONNECT_IVL_MAX, 2_000),
-            (zmq.HEARTBEAT_IVL, 2_000),
-            (zmq.HEARTBEAT_TIMEOUT, 10_000),
+            # Answered by ZeroMQ itself: a dead link shows while the daemon is busy for minutes.
+            (zmq.HEARTBEAT_IVL, max(1, heartbeat_ms // 2)),
+            (zmq.HEARTBEAT_TIMEOUT, heartbeat_ms),
             (zmq.IPV6, 1),
         ):
             socket.setsockopt(option, value)
@@ -95,11 +129,14 @@ class Link:
             socket.curve_serverkey = self._server_key.encode()
             socket.curve_publickey = self._client_keys.public.encode()
             socket.curve_secretkey = self._client_keys.secret.encode()
+        self._monitor = socket.get_monitor_socket(_EVENTS)
         socket.connect(self.address)
-        self._socket, self.welcome = socket, None
+        self._socket, self.welcome, self._shaken = socket, None, False
+        self.connection += 1
         self._quiet_since = now
         self._announced.clear()
-        self.announce(self.hello)
+        if self.hello:
+            self.announce(self.hello)
 
     def announce(self, hello: bytes) -> None:
         """Send a greeting once a connection; frames of its stream follow it."""
@@ -141,10 +178,14 @@ class Link:
         elif isinstance(message, ErrorReply) and message.code == "no-hello" and self.up:
             self.reopen()  # the daemon, or ZeroMQ below us, began a new connection
 
+    def _drop(self) -> None:
+        if self._socket is not None:
+            self._socket.disable_monitor()
+            self._socket.close(linger=0)
+            self._socket = self._monitor = None
+
     def close(self) -> None:
         """Close at once."""
-        if self._socket is not None:
-            self._socket.close(linger=0)
-            self._socket = None
+        self._drop()
         if self._own_context:
             self._context.term()

@@ -59,11 +59,14 @@ class EchoDaemon:
         self.refuse: set[int] = set()
         self.refuse_session = ""
         self.lose = 0
-        self.largest_batch_bytes = 0
+        self.hellos: list[Hello] = []
+        self.asked: Counter[str] = Counter()
         self.failures: list[BaseException] = []
         self._streams: set[tuple[bytes, str, str]] = set()
-        self._started = threading.Event()
+        self._started, self._paused = threading.Event(), threading.Event()
         self._stop = False
+        self._running = threading.Event()
+        self._running.set()
         self._args = (bind, keyring, context)
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -73,13 +76,30 @@ class EchoDaemon:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
     ) -> None:
         self.stop()
 
+    def pause(self) -> None:
+        """Answer nothing until `resume`; ZeroMQ below goes on. Returns once the loop stands."""
+        self._paused = threading.Event()
+        self._running.clear()
+        self.endpoint.wake()
+        assert self._paused.wait(5)
+
+    def resume(self) -> None:
+        """Go on."""
+        self._running.set()
+
     def stop(self) -> None:
         """End the thread and free the port; fails the test when the thread failed."""
+        if self._stop:
+            return
         self._stop = True
+        self._running.set()
         self.endpoint.wake()
         self._thread.join(10)
         assert not self._thread.is_alive() and not self.failures, self.failures
@@ -90,6 +110,9 @@ class EchoDaemon:
             self.address = self.endpoint.address
             self._started.set()
             while not self._stop:
+                if not self._running.is_set():
+                    self._paused.set()
+                    self._running.wait()
                 self._turn(self.endpoint.receive(1_000))
             self.endpoint.close()
         except BaseException as error:
@@ -101,6 +124,7 @@ class EchoDaemon:
         for incoming in batch:
             try:
                 message = decode(incoming.parts)
+                self.asked[message.tag] += 1
                 check_role(incoming.user, message)
                 if isinstance(message, PutFrame | PutSignal):
                     acks[incoming.peer].append(self._keep(incoming.peer, message))
@@ -146,6 +170,7 @@ class EchoDaemon:
         return [Progress(id=number, steps=step, done=step == 3) for step in (1, 2, 3)]
 
     def _welcome(self, peer: bytes, hello: Hello) -> Message:
+        self.hellos.append(hello)
         if hello.session == self.refuse_session:
             return ErrorReply(id=hello.id, code="world", message="an origin this map cannot use")
         self._streams.add((peer, hello.session, hello.stream))
@@ -163,14 +188,14 @@ class _NoHello(MclnfError):
 
 
 def _render(request: RenderRequest) -> list[Message]:
-    """A grey picture as bright as the camera is high, depth counting up, its first pixel unknown."""
+    """A grey picture as bright as the camera is high, depth counting up, its first unknown."""
     if request.view is None:
         return [RenderReply(id=request.id, encoding="wav", data=b"RIFF", rate_hz=request.rate_hz)]
     if request.deadline_ms == 1:
         return [ErrorReply(id=request.id, code="stale", message="deadline passed")]
     width = request.width or request.view.camera.width
     height = request.height or request.view.camera.height
-    rgb = np.full((height, width, 3), int(request.view.T_world_camera[2, 3]), np.uint8)
+    rgb = np.full((height, width, 3), int(request.view.T_world_camera[2, 3]) % 256, np.uint8)
     depth = np.arange(height * width, dtype=np.float32).reshape(height, width)
     depth[0, 0] = np.nan
     finals = (False, True) if request.quality == "progressive" else (True,)
