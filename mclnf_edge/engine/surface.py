@@ -1,0 +1,235 @@
+"""Surface height and colour straight from posed pictures: what a new module starts from.
+
+`sweep` compares pictures along vertical columns (a plane sweep in world space, variance of locally
+normalised brightness over the views that see a point), `smooth` regularises the costs along four
+directions (semi-global matching), `paint` writes the exposure-corrected mean colour of the views
+that see a surface point. None of it uses bounds, sparse points or poses from elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from numba import float32, njit
+
+from mclnf_edge.engine.field import JIT
+
+F32 = npt.NDArray[np.float32]
+U8 = npt.NDArray[np.uint8]
+
+NO_VIEWS = 1.0
+"""Cost of a point that fewer than two pictures see."""
+
+
+def normalised(image: U8) -> F32:
+    """(H/2, W/2) brightness minus its local mean over its local spread, of a picture (H, W, 3)."""
+    gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
+    gray = cv2.resize(gray, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+    mean = cv2.GaussianBlur(gray, (0, 0), 6)
+    spread = np.sqrt(np.maximum(cv2.GaussianBlur(gray * gray, (0, 0), 6) - mean * mean, 0))
+    out: F32 = ((gray - mean) / (spread + 6)).astype(np.float32)
+    return out
+
+
+@njit(**JIT)
+def _pixel(P, i, x, y, z):  # type: ignore[no-untyped-def]
+    """(column, row, depth) of a point in picture i; depth <= 0 behind the camera."""
+    q = P[i, 2, 0] * x + P[i, 2, 1] * y + P[i, 2, 2] * z + P[i, 2, 3]
+    if q <= 0.1:
+        return float32(-1), float32(-1), float32(-1)
+    u = (P[i, 0, 0] * x + P[i, 0, 1] * y + P[i, 0, 2] * z + P[i, 0, 3]) / q - float32(0.5)
+    v = (P[i, 1, 0] * x + P[i, 1, 1] * y + P[i, 1, 2] * z + P[i, 1, 3]) / q - float32(0.5)
+    return float32(u), float32(v), float32(q)
+
+
+@njit(**JIT)
+def sweep(x0, y0, step, zs, pictures, P, cost):  # type: ignore[no-untyped-def]
+    """Fill cost (ny, nx, nz): how little the normalised pictures (N, h, w) agree at each point.
+
+    Columns stand at (x0 + (i + 0.5) step, ...); `P` (N, 3, 4) projects to half-size pixels.
+    """
+    count, h, w = pictures.shape
+    ny, nx, nz = cost.shape
+    for iy in range(ny):
+        y = y0 + (iy + 0.5) * step
+        for ix in range(nx):
+            x = x0 + (ix + 0.5) * step
+            for iz in range(nz):
+                n, s, s2 = 0, float32(0), float32(0)
+                for i in range(count):
+                    u, v, q = _pixel(P, i, x, y, zs[iz])
+                    if q <= 0 or u < 0 or v < 0 or u >= w - 1 or v >= h - 1:
+                        continue
+                    iu, iv = int(u), int(v)
+                    a, b = u - float32(iu), v - float32(iv)
+                    f = (1 - b) * ((1 - a) * pictures[i, iv, iu] + a * pictures[i, iv, iu + 1])
+                    f += b * ((1 - a) * pictures[i, iv + 1, iu] + a * pictures[i, iv + 1, iu + 1])
+                    n += 1
+                    s += f
+                    s2 += f * f
+                if n >= 2:
+                    cost[iy, ix, iz] = min((s2 - s * s / n) / (n - 1), float32(NO_VIEWS))
+                else:
+                    cost[iy, ix, iz] = float32(NO_VIEWS)
+
+
+@njit(**JIT)
+def smooth(cost, small, large):  # type: ignore[no-untyped-def]
+    """Semi-global matching of (ny, nx, nz) costs along rows and columns, both ways."""
+    ny, nx, nz = cost.shape
+    out = np.zeros_like(cost)
+    before, now = np.zeros(nz, np.float32), np.zeros(nz, np.float32)
+    for way in range(4):
+        lines, length = (ny, nx) if way < 2 else (nx, ny)
+        for line in range(lines):
+            least = float32(0)
+            for k in range(length):
+                at = k if way % 2 == 0 else length - 1 - k
+                iy, ix = (line, at) if way < 2 else (at, line)
+                m = float32(1e9)
+                for z in range(nz):
+                    c = cost[iy, ix, z]
+                    if k > 0:
+                        best = min(before[z], least + large)
+                        if z > 0:
+                            best = min(best, before[z - 1] + small)
+                        if z < nz - 1:
+                            best = min(best, before[z + 1] + small)
+                        c += best - least
+                    now[z] = c
+                    m = min(m, c)
+                    out[iy, ix, z] += c
+                before[:] = now
+                least = m
+    return out
+
+
+def heights(
+    x0: float, y0: float, step: float, n: int, zs: F32, pictures: F32, P: F32
+) -> tuple[F32, F32]:
+    """(n, n) surface height in metres and its matching cost, for columns `step` apart.
+
+    `pictures` (N, h, w) from `normalised`, `P` (N, 3, 4) for their (half) size.
+    """
+    cost = np.empty((n, n, len(zs)), np.float32)
+    sweep(np.float32(x0), np.float32(y0), np.float32(step), zs, pictures, P, cost)
+    for i in range(len(zs)):
+        cost[..., i] = cv2.GaussianBlur(np.ascontiguousarray(cost[..., i]), (0, 0), 1.0)
+    total = smooth(cost, np.float32(0.1), np.float32(0.5))
+    best = total.argmin(-1)
+    h = zs[best]
+    sure = np.take_along_axis(cost, best[..., None], -1)[..., 0]
+    return cv2.medianBlur(h.astype(np.float32), 5), sure
+
+
+@njit(**JIT)
+def raster_at(raster, x0, y0, inverse, x, y):  # type: ignore[no-untyped-def]
+    """Bilinear height of a raster whose nodes are 1 / inverse apart."""
+    fx = min(max((x - x0) * inverse - float32(0.5), float32(0)), float32(raster.shape[1] - 1.001))
+    fy = min(max((y - y0) * inverse - float32(0.5), float32(0)), float32(raster.shape[0] - 1.001))
+    i, j = int(fx), int(fy)
+    a, b = fx - i, fy - j
+    low = (1 - a) * raster[j, i] + a * raster[j, i + 1]
+    return (1 - b) * low + b * ((1 - a) * raster[j + 1, i] + a * raster[j + 1, i + 1])
+
+
+@njit(**JIT)
+def _visible(x, y, z, eye, raster, x0, y0, inverse, top, slack):  # type: ignore[no-untyped-def]
+    """Whether the height raster leaves the line from a point to the camera free."""
+    dx, dy, dz = eye[0] - x, eye[1] - y, eye[2] - z
+    if dz <= 0:
+        return False
+    steps = math.sqrt(dx * dx + dy * dy) * inverse
+    k = 1.0
+    while k < steps:
+        height = z + k / steps * dz
+        if height > top:
+            return True
+        at = raster_at(raster, x0, y0, inverse, x + k / steps * dx, y + k / steps * dy)
+        if at > height + slack:
+            return False
+        k += 1.0
+    return True
+
+
+@njit(**JIT)
+def paint(xs, ys, raster, x0, y0, inverse, slack, images, masks, P, eyes, gains, color, frames):  # type: ignore[no-untyped-def]
+    """Mean exposure-corrected colour of the surface at (xs[i], ys[j]) and how many frames saw it.
+
+    `images` (N, H, W, 3) uint8, `masks` (N, H, W) uint8 (0 = ignore), `gains` (N, 3); `color`
+    (ny, nx, 3) in [0, 1] (0.45 where unseen), `frames` (ny, nx). Near views count more: weights are
+    1 / depth^4, so a low pass keeps its detail when a high one joins it.
+    """
+    count, h, w, _ = images.shape
+    top = raster.max()
+    total = np.zeros(3, np.float32)
+    for jy in range(len(ys)):
+        for jx in range(len(xs)):
+            x, y = xs[jx], ys[jy]
+            z = raster_at(raster, x0, y0, inverse, x, y)
+            weight, n = float32(0), 0
+            total[:] = 0
+            for i in range(count):
+                u, v, q = _pixel(P, i, x, y, z)
+                if q <= 0 or u < 0 or v < 0 or u >= w - 1 or v >= h - 1:
+                    continue
+                iu, iv = int(u), int(v)
+                if masks[i, iv, iu] == 0:
+                    continue
+                if not _visible(x, y, z, eyes[i], raster, x0, y0, inverse, top, slack):
+                    continue
+                a, b = u - float32(iu), v - float32(iv)
+                near = (float32(100) / q) ** 4
+                weight += near
+                n += 1
+                for c in range(3):
+                    low = (1 - a) * images[i, iv, iu, c] + a * images[i, iv, iu + 1, c]
+                    high = (1 - a) * images[i, iv + 1, iu, c] + a * images[i, iv + 1, iu + 1, c]
+                    total[c] += near * ((1 - b) * low + b * high) / gains[i, c]
+            frames[jy, jx] = min(n, 255)
+            for c in range(3):
+                color[jy, jx, c] = total[c] / (weight * float32(255)) if n > 0 else float32(0.45)
+
+
+@njit(**JIT)
+def observe(xs, ys, raster, x0, y0, inverse, slack, images, P, eyes, values):  # type: ignore[no-untyped-def]
+    """values (len(xs), N, 3): each picture's 8-bit colour of each surface point, -1 where unseen."""
+    count, h, w, _ = images.shape
+    top = raster.max()
+    for p in range(len(xs)):
+        z = raster_at(raster, x0, y0, inverse, xs[p], ys[p])
+        for i in range(count):
+            values[p, i, :] = -1
+            u, v, q = _pixel(P, i, xs[p], ys[p], z)
+            if q <= 0 or u < 1 or v < 1 or u >= w - 2 or v >= h - 2:
+                continue
+            if _visible(xs[p], ys[p], z, eyes[i], raster, x0, y0, inverse, top, slack):
+                for c in range(3):
+                    s = float32(0)
+                    for dv in range(-1, 2):
+                        for du in range(-1, 2):
+                            s += images[i, int(v + 0.5) + dv, int(u + 0.5) + du, c]
+                    values[p, i, c] = s / 9
+
+
+def fit_gains(values: F32, fixed: npt.NDArray[np.bool_], gains: F32, rounds: int = 20) -> F32:
+    """Log exposure gains (N, 3) that make the pictures agree where they see the same points.
+
+    Alternating medians over points seen by two pictures or more and neither dark nor saturated.
+    Pictures marked `fixed` keep their `gains`; without any, the mean gain is held at zero.
+    """
+    good = (values.min(-1) > 8) & (values.max(-1) < 250)
+    good &= (good.sum(1) > 1)[:, None]
+    logs = np.log(np.maximum(values, 4) / 255)
+    out = gains.copy()
+    seen = np.maximum(good.sum(1), 1)[:, None]
+    for _ in range(rounds):
+        level = np.where(good[..., None], logs - out[None], 0).sum(1) / seen
+        for i in np.flatnonzero(~fixed & (good.sum(0) > 20)):
+            out[i] = np.median((logs[:, i] - level)[good[:, i]], axis=0)
+        if not fixed.any():
+            out -= out.mean(0)
+    return out

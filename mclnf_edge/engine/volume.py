@@ -1,0 +1,500 @@
+"""Volume rendering over every module a ray crosses, forwards and backwards.
+
+A ray marches a coarse density grid, draws its samples where matter is (inverse transform of the
+grid's weights plus a small uniform share), evaluates the one to four modules that know each point,
+and blends them by the gate before the usual quadrature:
+
+    sigma = sum_i G_i sigma_i,  c = sum_i G_i sigma_i c_i / sigma,  w_k = T_k (1 - exp(-sigma d_k))
+
+G_i >= 0 sums to one over the modules present at a point: a hat that ramps across each border of the
+grid of cells (Algorithm 1's inference, with the argmax softened so that no seam shows).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from numba import float32, njit, uint64
+
+from mclnf_edge.engine.field import (
+    B3,
+    HIDDEN,
+    INPUTS,
+    JIT,
+    MLP_SIZE,
+    OUTPUTS,
+    SURFACE,
+    TRANSPOSED_SIZE,
+    W3,
+    encode,
+    encode_backward,
+    mlp,
+    mlp_backward,
+    outer_o,
+)
+
+F32 = npt.NDArray[np.float32]
+I32 = npt.NDArray[np.int32]
+U8 = npt.NDArray[np.uint8]
+
+FAR = 8
+"""An outer cell's edge in inner cells."""
+
+MARGIN = 0.06
+"""Share of a cell's edge over which neighbours blend, on either side of the border."""
+
+_MOST = 4  # modules that can know one point
+_ONE = float32(1)
+
+
+class Scene(NamedTuple):
+    """Everything a ray reads; slot s of each array is one module.
+
+    Coordinates are metres in the map's local float32 frame. `near` and `far` hold slots (-1 none)
+    of inner and outer cells; their first cell is `first[0:2]` and `first[2:4]`. `box[s]` is (x, y, edge) of
+    a module with its margins; `band[s]` is (lowest z, 1 / height). `surface`, `seen` are (S, SURFACE, SURFACE):
+    surface height and the number of frames that saw it. `owner[s]` is the row of a trainable module
+    in the gradient arrays, -1 when it is frozen.
+    """
+
+    cell: float
+    first: I32
+    near: I32
+    far: I32
+    z: F32
+    box: F32
+    band: F32
+    features: F32
+    feature_count: int
+    planes: I32
+    weights: F32
+    density: F32
+    voxels: I32
+    surface: F32
+    seen: U8
+    owner: I32
+
+
+class Tape(NamedTuple):
+    """What the forward pass leaves for the backward pass: evaluations, samples, rays."""
+
+    slot: I32
+    x: F32
+    h1: F32
+    h2: F32
+    o: F32
+    u: F32
+    t: F32
+    width: F32
+    sigma: F32
+    color: F32
+    weight: F32
+    first: I32
+    last: I32
+    count: I32
+    rgb: F32
+    left: F32
+    depth: F32
+    known: F32
+
+
+def make_tape(rays: int, samples: int) -> Tape:
+    """Room for `rays` x `samples`; a sample near a corner of cells has up to four evaluations."""
+    evals = rays * samples * _MOST
+
+    def floats(*shape: int) -> F32:
+        return np.zeros(shape, np.float32)
+
+    n = rays * samples
+    return Tape(
+        slot=np.zeros(evals, np.int32),
+        x=floats(evals * INPUTS),
+        h1=floats(evals * HIDDEN),
+        h2=floats(evals * HIDDEN),
+        o=floats(evals * OUTPUTS),
+        u=floats(evals, 3),
+        t=floats(n),
+        width=floats(n),
+        sigma=floats(n),
+        color=floats(n, 3),
+        weight=floats(n),
+        first=np.zeros(n, np.int32),
+        last=np.zeros(n, np.int32),
+        count=np.zeros(rays, np.int32),
+        rgb=floats(rays, 3),
+        left=floats(rays),
+        depth=floats(rays),
+        known=floats(rays),
+    )
+
+
+@njit(**JIT)
+def _next(state):  # type: ignore[no-untyped-def]
+    """xorshift64."""
+    state ^= state << uint64(13)
+    state ^= state >> uint64(7)
+    state ^= state << uint64(17)
+    return state
+
+
+@njit(**JIT)
+def _seed(seed, ray):  # type: ignore[no-untyped-def]
+    z = uint64(seed) * uint64(0x9E3779B97F4A7C15) + uint64(ray + 1) * uint64(0xBF58476D1CE4E5B9)
+    z ^= z >> uint64(30)
+    z *= uint64(0x94D049BB133111EB)
+    return _next((z ^ (z >> uint64(31))) | uint64(1))
+
+
+@njit(**JIT)
+def _unit(state):  # type: ignore[no-untyped-def]
+    return float32((state >> uint64(40)) * (1.0 / 16777216.0))
+
+
+@njit(**JIT)
+def _cell_slot(grid, x0, y0, ix, iy):  # type: ignore[no-untyped-def]
+    jx, jy = ix - x0, iy - y0
+    if jx < 0 or jy < 0 or jx >= grid.shape[1] or jy >= grid.shape[0]:
+        return -1
+    return grid[jy, jx]
+
+
+@njit(**JIT)
+def gate(scene, x, y, slots, share):  # type: ignore[no-untyped-def]
+    """Fill `slots` and `share` (sums to 1) with the modules that know (x, y); returns how many.
+
+    Outer cells answer only where no inner one does.
+    """
+    for level in range(2):
+        grid = scene.near if level == 0 else scene.far
+        x0, y0 = scene.first[2 * level], scene.first[2 * level + 1]
+        edge = float32(scene.cell) * float32(1 if level == 0 else FAR)
+        fx, fy = x / edge, y / edge
+        ix, iy = int(math.floor(fx)), int(math.floor(fy))
+        ax, ay = float32(fx - ix), float32(fy - iy)
+        nx, wx = 0, _ONE
+        if ax < MARGIN:
+            nx, wx = -1, float32(0.5) + float32(0.5) * ax / float32(MARGIN)
+        elif ax > 1 - MARGIN:
+            nx, wx = 1, float32(0.5) + float32(0.5) * (1 - ax) / float32(MARGIN)
+        ny, wy = 0, _ONE
+        if ay < MARGIN:
+            ny, wy = -1, float32(0.5) + float32(0.5) * ay / float32(MARGIN)
+        elif ay > 1 - MARGIN:
+            ny, wy = 1, float32(0.5) + float32(0.5) * (1 - ay) / float32(MARGIN)
+        n, total = 0, float32(0)
+        for a in range(2 if nx != 0 else 1):
+            for b in range(2 if ny != 0 else 1):
+                s = _cell_slot(grid, x0, y0, ix + a * nx, iy + b * ny)
+                if s >= 0:
+                    g = (wx if a == 0 else _ONE - wx) * (wy if b == 0 else _ONE - wy)
+                    slots[n], share[n] = s, g
+                    total += g
+                    n += 1
+        if n > 0 and total > 0:
+            for i in range(n):
+                share[i] /= total
+            return n
+    return 0
+
+
+@njit(**JIT)
+def _voxel(scene, x, y, z):  # type: ignore[no-untyped-def]
+    """(slot, voxel) of the density grid at a point, (-1, 0) outside every module."""
+    for level in range(2):
+        grid = scene.near if level == 0 else scene.far
+        edge = float32(scene.cell) * float32(1 if level == 0 else FAR)
+        fx, fy = x / edge, y / edge
+        ix, iy = int(math.floor(fx)), int(math.floor(fy))
+        s = _cell_slot(grid, scene.first[2 * level], scene.first[2 * level + 1], ix, iy)
+        if s >= 0:
+            uz = (z - scene.band[s, 0]) * scene.band[s, 1]
+            if uz < 0 or uz >= 1:
+                return -1, 0
+            na, nb, nc = scene.voxels[0], scene.voxels[1], scene.voxels[2]
+            a = min(int((fx - ix) * na), na - 1)
+            b = min(int((fy - iy) * nb), nb - 1)
+            return s, (min(int(uz * nc), nc - 1) * nb + b) * na + a
+    return -1, 0
+
+
+@njit(**JIT)
+def surface_at(scene, s, x, y):  # type: ignore[no-untyped-def]
+    """(height, frames that saw it) of module s's surface at local (x, y)."""
+    scale = float32(SURFACE - 1) / scene.box[s, 2]
+    fx = min(max((x - scene.box[s, 0]) * scale, float32(0)), float32(SURFACE - 1.001))
+    fy = min(max((y - scene.box[s, 1]) * scale, float32(0)), float32(SURFACE - 1.001))
+    i, j = int(fx), int(fy)
+    a, b = fx - float32(i), fy - float32(j)
+    h = scene.surface[s]
+    low = (_ONE - a) * h[j, i] + a * h[j, i + 1]
+    high = (_ONE - a) * h[j + 1, i] + a * h[j + 1, i + 1]
+    return (_ONE - b) * low + b * high, scene.seen[s, int(fy + 0.5), int(fx + 0.5)]
+
+
+@njit(**JIT)
+def _span(scene, oz, dz, reach):  # type: ignore[no-untyped-def]
+    """Where a ray is inside the map's height band: (t0, t1), empty when t1 <= t0."""
+    t0, t1 = float32(0.5), reach
+    if abs(dz) > 1e-6:
+        a, b = (scene.z[0] - oz) / dz, (scene.z[1] - oz) / dz
+        t0, t1 = max(t0, min(a, b)), min(t1, max(a, b))
+    elif oz < scene.z[0] or oz > scene.z[1]:
+        t1 = float32(0)
+    return t0, t1
+
+
+@njit(**JIT)
+def _draw(scene, ro, rd, r, t0, dt, steps, uniform, state, jitter, cdf, t, base, samples):  # type: ignore[no-untyped-def]
+    """Draw sorted sample distances into t[base:]; False when the ray meets no module."""
+    through, total = _ONE, float32(0)
+    cdf[0] = 0
+    offset = _unit(state) if jitter else float32(0.5)
+    for k in range(steps):
+        at = t0 + (float32(k) + offset) * dt
+        s, v = _voxel(scene, ro[r, 0] + at * rd[r, 0], ro[r, 1] + at * rd[r, 1], ro[r, 2] + at * rd[r, 2])
+        if s >= 0:
+            alpha = _ONE - math.exp(-scene.density[s, v] * dt)
+            total += through * alpha + uniform / float32(steps)
+            through *= _ONE - alpha
+        cdf[k + 1] = total
+    if total <= 0:
+        return False
+    k = 0
+    for i in range(samples):
+        state = _next(state)
+        q = (float32(i) + (_unit(state) if jitter else float32(0.5))) / float32(samples) * total
+        while k < steps - 1 and cdf[k + 1] < q:
+            k += 1
+        mass = cdf[k + 1] - cdf[k]
+        f = (q - cdf[k]) / mass if mass > 0 else float32(0.5)
+        t[base + i] = t0 + (float32(k) + min(max(f, float32(0)), _ONE)) * dt
+    return True
+
+
+@njit(**JIT)
+def _evaluate(scene, tape, x, y, z, n, slots, share, e):  # type: ignore[no-untyped-def]
+    """Evaluate n modules at a point into the tape from e on: (density, r, g, b, seen share)."""
+    sigma, red, green, blue, known = float32(0), float32(0), float32(0), float32(0), float32(0)
+    for j in range(n):
+        s = slots[j]
+        inverse = _ONE / scene.box[s, 2]
+        unit = scene.box[s, 2] * float32(1 / (64 * (1 + 2 * MARGIN)))
+        height, frames = surface_at(scene, s, x, y)
+        tape.slot[e] = s
+        tape.u[e, 0] = (x - scene.box[s, 0]) * inverse
+        tape.u[e, 1] = (y - scene.box[s, 1]) * inverse
+        tape.u[e, 2] = (z - scene.band[s, 0]) * scene.band[s, 1]
+        encode(scene.features, s * scene.feature_count, scene.planes, tape.u, e, (z - height) / unit, tape.x)
+        mlp(scene.weights, s * MLP_SIZE, tape.x, tape.h1, tape.h2, tape.o, e)
+        o = tape.o[e * OUTPUTS : (e + 1) * OUTPUTS]
+        own = math.exp(min(max(o[0], float32(-10)), float32(6))) / unit * share[j]
+        o[0] = own
+        for c in range(1, 4):
+            o[c] = _ONE / (_ONE + math.exp(-o[c]))
+        sigma += own
+        red += own * o[1]
+        green += own * o[2]
+        blue += own * o[3]
+        if frames > 0:
+            known += own
+        e += 1
+    if sigma > 0:
+        return sigma, red / sigma, green / sigma, blue / sigma, known / sigma
+    return sigma, red, green, blue, known
+
+
+@njit(**JIT)
+def forward(scene, tape, ro, rd, r0, r1, samples, steps, uniform, seed, jitter, reach, e):  # type: ignore[no-untyped-def]
+    """Render rays r0..r1 (origins ro, unit directions rd, (R, 3)) into the tape.
+
+    `samples` per ray after `steps` coarse steps, `uniform` in [0, 1) of them spread evenly,
+    `reach` in metres; `e` is the first evaluation row this call may write.
+    """
+    slots, share = np.empty(_MOST, np.int32), np.empty(_MOST, np.float32)
+    cdf = np.empty(steps + 1, np.float32)
+    for r in range(r0, r1):
+        tape.count[r] = 0
+        tape.left[r] = _ONE
+        tape.depth[r] = 0
+        tape.known[r] = 0
+        for c in range(3):
+            tape.rgb[r, c] = 0
+        t0, t1 = _span(scene, ro[r, 2], rd[r, 2], reach)
+        if t1 <= t0:
+            continue
+        dt = (t1 - t0) / float32(steps)
+        base = r * samples
+        if not _draw(scene, ro, rd, r, t0, dt, steps, uniform, _seed(seed, r), jitter, cdf, tape.t, base, samples):
+            continue
+        e = _compose(scene, tape, ro, rd, r, base, samples, t0, dt, slots, share, e)
+    return e
+
+
+@njit(**JIT)
+def _compose(scene, tape, ro, rd, r, base, samples, t0, dt, slots, share, e):  # type: ignore[no-untyped-def]
+    """Evaluate ray r's samples front to back and add them up, until 0.2 % of the light is left."""
+    left, red, green, blue = _ONE, float32(0), float32(0), float32(0)
+    depth, known = float32(0), float32(0)
+    n = 0
+    for i in range(base, base + samples):
+        t = tape.t[i]
+        low = float32(0.5) * (tape.t[i - 1] + t) if i > base else max(t0, t - float32(0.5) * dt)
+        last = i + 1 == base + samples
+        high = t + float32(0.5) * dt if last else float32(0.5) * (tape.t[i + 1] + t)
+        x, y, z = ro[r, 0] + t * rd[r, 0], ro[r, 1] + t * rd[r, 1], ro[r, 2] + t * rd[r, 2]
+        m = gate(scene, x, y, slots, share)
+        tape.first[i] = e
+        sigma, c0, c1, c2, seen = _evaluate(scene, tape, x, y, z, m, slots, share, e)
+        e += m
+        tape.last[i] = e
+        width = max(high - low, float32(1e-3))
+        alpha = _ONE - math.exp(-sigma * width)
+        w = left * alpha
+        tape.width[i], tape.sigma[i], tape.weight[i] = width, sigma, w
+        tape.color[i, 0], tape.color[i, 1], tape.color[i, 2] = c0, c1, c2
+        red += w * c0
+        green += w * c1
+        blue += w * c2
+        depth += w * t
+        known += w * seen
+        left *= _ONE - alpha
+        n += 1
+        if left < 0.002:
+            break
+    tape.count[r], tape.left[r], tape.depth[r], tape.known[r] = n, left, depth, known
+    tape.rgb[r, 0], tape.rgb[r, 1], tape.rgb[r, 2] = red, green, blue
+    return e
+
+
+@njit(**JIT)
+def _sample_gradient(tape, i, g0, g1, g2, after, behind):  # type: ignore[no-untyped-def]
+    """dL/dsigma of sample i: d (T_after c . g - light from behind), and w c . g."""
+    along = g0 * tape.color[i, 0] + g1 * tape.color[i, 1] + g2 * tape.color[i, 2]
+    return tape.width[i] * (after * along - behind), tape.weight[i] * along
+
+
+@njit(**JIT)
+def _output_gradient(tape, i, e, d_sigma, g0, g1, g2, do):  # type: ignore[no-untyped-def]
+    """dL/d(MLP outputs) of evaluation e of sample i, through the gate's blend."""
+    o = tape.o[e * OUTPUTS : (e + 1) * OUTPUTS]
+    share = tape.weight[i] / tape.sigma[i] if tape.sigma[i] > 0 else float32(0)
+    d_own = d_sigma + share * (
+        g0 * (o[1] - tape.color[i, 0])
+        + g1 * (o[2] - tape.color[i, 1])
+        + g2 * (o[3] - tape.color[i, 2])
+    )
+    k = share * o[0]
+    do[0] = d_own * o[0]
+    do[1] = k * g0 * o[1] * (_ONE - o[1])
+    do[2] = k * g1 * o[2] * (_ONE - o[2])
+    do[3] = k * g2 * o[3] * (_ONE - o[3])
+
+
+@njit(**JIT)
+def backward(scene, tape, transposed, d_rgb, r0, r1, samples, grad, d_weights, touched, queue):  # type: ignore[no-untyped-def]
+    """Add the parameter gradients of rays r0..r1 for dL/drgb `d_rgb` (R, 3).
+
+    Frozen modules (owner -1) get none. Returns the number of texels queued.
+    """
+    do = np.zeros(OUTPUTS, np.float32)
+    dx = np.empty(INPUTS, np.float32)
+    d1, d2 = np.empty(HIDDEN, np.float32), np.empty(HIDDEN, np.float32)
+    zero = np.zeros(HIDDEN, np.float32)
+    n = 0
+    for r in range(r0, r1):
+        g0, g1, g2 = d_rgb[r, 0], d_rgb[r, 1], d_rgb[r, 2]
+        after, behind = tape.left[r], float32(0)
+        for back in range(tape.count[r]):
+            i = r * samples + tape.count[r] - 1 - back
+            d_sigma, lit = _sample_gradient(tape, i, g0, g1, g2, after, behind)
+            behind += lit
+            after += tape.weight[i]
+            if tape.weight[i] < 1e-5 and abs(d_sigma) * tape.sigma[i] < 1e-9:
+                continue
+            for e in range(tape.first[i], tape.last[i]):
+                row = scene.owner[tape.slot[e]]
+                if row < 0:
+                    continue
+                _output_gradient(tape, i, e, d_sigma, g0, g1, g2, do)
+                mlp_backward(
+                    transposed, row * TRANSPOSED_SIZE, d_weights, row * MLP_SIZE,
+                    tape.x, tape.h1, tape.h2, e, do, dx, d1, d2, zero,
+                )  # fmt: skip
+                n = encode_backward(
+                    grad, row * scene.feature_count, scene.planes, tape.u, e, dx, touched, queue, n
+                )
+    return n
+
+
+@njit(**JIT)
+def scores(scene, tape, d_rgb, r0, r1, samples, fisher, sums, q):  # type: ignore[no-untyped-def]
+    """Per-ray information q_r = g' F^-1 g on the output layer of the module the ray mostly meets.
+
+    g (HIDDEN x 4 and 4 biases) is the ray's gradient summed over its samples before squaring;
+    `fisher` (owners, (HIDDEN + 1) * 4) is the damped running diagonal, `sums` gathers g^2 and, in
+    its last column, the number of rays. Rays that train nothing get q = 0.
+    """
+    do = np.zeros(OUTPUTS, np.float32)
+    g = np.empty((HIDDEN + 1) * OUTPUTS, np.float32)
+    for r in range(r0, r1):
+        q[r] = 0
+        row, most = -1, float32(0)
+        for i in range(r * samples, r * samples + tape.count[r]):
+            if tape.weight[i] > most and tape.last[i] > tape.first[i]:
+                most, row = tape.weight[i], scene.owner[tape.slot[tape.first[i]]]
+        if row < 0:
+            continue
+        g[:] = 0
+        g0, g1, g2 = d_rgb[r, 0], d_rgb[r, 1], d_rgb[r, 2]
+        after, behind = tape.left[r], float32(0)
+        for back in range(tape.count[r]):
+            i = r * samples + tape.count[r] - 1 - back
+            d_sigma, lit = _sample_gradient(tape, i, g0, g1, g2, after, behind)
+            behind += lit
+            after += tape.weight[i]
+            for e in range(tape.first[i], tape.last[i]):
+                if scene.owner[tape.slot[e]] == row:
+                    _output_gradient(tape, i, e, d_sigma, g0, g1, g2, do)
+                    outer_o(g, 0, tape.h2, e * HIDDEN, do, 0, HIDDEN)
+                    for c in range(4):
+                        g[HIDDEN * OUTPUTS + c] += do[c]
+        total = float32(0)
+        for j in range(HIDDEN + 1):
+            for c in range(4):
+                square = g[j * OUTPUTS + c] * g[j * OUTPUTS + c]
+                total += square / fisher[row, j * 4 + c]
+                sums[row, j * 4 + c] += square
+        sums[row, (HIDDEN + 1) * 4] += 1
+        q[r] = total
+
+
+@njit(**JIT)
+def refresh_density(scene, tape, ro, rd, r0, r1, samples, rate):  # type: ignore[no-untyped-def]
+    """Move the density grid's voxels towards the densities just evaluated in them."""
+    for r in range(r0, r1):
+        for i in range(r * samples, r * samples + tape.count[r]):
+            t = tape.t[i]
+            s, v = _voxel(scene, ro[r, 0] + t * rd[r, 0], ro[r, 1] + t * rd[r, 1], ro[r, 2] + t * rd[r, 2])
+            if s >= 0 and scene.owner[s] >= 0:
+                peak = float32(30) / scene.box[s, 2] * float32(64)
+                scene.density[s, v] += rate * (min(tape.sigma[i], peak) - scene.density[s, v])
+
+
+__all__ = [
+    "B3",
+    "FAR",
+    "MARGIN",
+    "W3",
+    "Scene",
+    "Tape",
+    "backward",
+    "forward",
+    "gate",
+    "make_tape",
+    "refresh_density",
+    "scores",
+    "surface_at",
+]
