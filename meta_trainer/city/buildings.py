@@ -33,11 +33,11 @@ WALLS: tuple[Colour, ...] = (
 )
 TRIMS: tuple[Colour, ...] = ((0.66, 0.65, 0.62), (0.30, 0.29, 0.28), (0.45, 0.40, 0.34))
 TILES: tuple[Colour, ...] = (
-    (0.36, 0.115, 0.060),
+    (0.29, 0.110, 0.065),
     (0.27, 0.090, 0.055),
     (0.17, 0.085, 0.060),
     (0.105, 0.100, 0.100),
-    (0.42, 0.170, 0.085),
+    (0.33, 0.150, 0.085),
     (0.20, 0.185, 0.170),
 )
 FELTS: tuple[Colour, ...] = (
@@ -46,12 +46,12 @@ FELTS: tuple[Colour, ...] = (
     (0.36, 0.355, 0.34),
     (0.115, 0.115, 0.12),
     (0.30, 0.25, 0.22),
-    (0.50, 0.50, 0.49),
+    (0.42, 0.42, 0.41),
 )
 SHEETS: tuple[Colour, ...] = (
     (0.42, 0.43, 0.44),
     (0.30, 0.31, 0.33),
-    (0.52, 0.52, 0.50),
+    (0.43, 0.43, 0.42),
     (0.16, 0.22, 0.29),
     (0.30, 0.12, 0.09),
     (0.22, 0.29, 0.22),
@@ -91,6 +91,7 @@ class Dress:
     """The colours and habits that a building's parts share."""
 
     def __init__(self, rng: Rng, pitched: bool = False, sheet: bool = False) -> None:
+        """Draw them for a flat, a pitched or a sheet-metal roof."""
         self.wall = pick(rng, WALLS)
         self.trim = pick(rng, TRIMS)
         palette = SHEETS if sheet else TILES if pitched else FELTS
@@ -154,7 +155,12 @@ def _solar(mesh: Builder, frame: Frame, half: tuple[float, float], height: float
         v = -0.7 * hv + 2.0 * k
         if v + 1.0 > 0.7 * hv:
             break
-        quad = [(-0.5 * hu, v, 0.3), (0.3 * hu, v, 0.3), (0.3 * hu, v + 1, 0.9), (-0.5 * hu, v + 1, 0.9)]
+        quad = [
+            (-0.5 * hu, v, 0.3),
+            (0.3 * hu, v, 0.3),
+            (0.3 * hu, v + 1, 0.9),
+            (-0.5 * hu, v + 1, 0.9),
+        ]
         mesh.polygon(frame.child(0, 0, height).at(quad), GLASS, k, (0.02, 0.025, 0.05))
 
 
@@ -193,8 +199,15 @@ def pitched_building(
     eu, ev, top = hu + over, hv + over, height + rise
     ru = eu - hip if hip else eu
     for s in (-1.0, 1.0):
-        slope = [(-s * -eu, -s * ev, drop), (s * -eu, -s * ev, drop), (s * -ru, 0, top), (s * ru, 0, top)]
-        mesh.polygon(frame.at(slope[::1] if _up(slope) else slope[::-1]), dress.roof_kind, seed, dress.roof)
+        slope = [
+            (-s * -eu, -s * ev, drop),
+            (s * -eu, -s * ev, drop),
+            (s * -ru, 0, top),
+            (s * ru, 0, top),
+        ]
+        mesh.polygon(
+            frame.at(slope[::1] if _up(slope) else slope[::-1]), dress.roof_kind, seed, dress.roof
+        )
         if hip:
             end = [(s * eu, -s * ev, drop), (s * eu, s * ev, drop), (s * ru, 0.0, top)]
             mesh.polygon(frame.at(end), dress.roof_kind, seed + 1, dress.roof)

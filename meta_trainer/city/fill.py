@@ -15,14 +15,14 @@ from meta_trainer.city.props import car, container, hedge, tree
 
 _GREEN = (g.GRASS, g.MEADOW, g.SOIL, g.FOREST_FLOOR)
 _TREES = {
-    "slabs": 34,
-    "houses": 26,
-    "downtown": 10,
-    "works": 8,
-    "park": 55,
-    "school": 24,
-    "forest": 170,
-    "fields": 8,
+    "slabs": 80,
+    "houses": 75,
+    "downtown": 26,
+    "works": 24,
+    "park": 120,
+    "school": 60,
+    "forest": 260,
+    "fields": 14,
 }
 
 
@@ -30,9 +30,10 @@ class Site:
     """A city under construction: the plan, the mesh so far, and a 1 m map of built heights."""
 
     def __init__(self, plan: Plan) -> None:
+        """Start with nothing built."""
         self.plan = plan
         self.mesh = Builder()
-        margin = 4.0
+        margin = 20.0
         self.low = np.array([plan.edges_x[0] - margin, plan.edges_y[0] - margin])
         high = np.array([plan.edges_x[-1] + margin, plan.edges_y[-1] + margin])
         self.heights = np.zeros(tuple(np.ceil(high - self.low).astype(int)[::-1]))
@@ -71,7 +72,13 @@ class Site:
         self.heights[cells] = np.maximum(self.heights[cells], height)
 
     def build(
-        self, frame: Frame, half: tuple[float, float], height: float, rng: Rng, dress: Dress, flat: bool
+        self,
+        frame: Frame,
+        half: tuple[float, float],
+        height: float,
+        rng: Rng,
+        dress: Dress,
+        flat: bool,
     ) -> None:
         """Put up one building and mark it."""
         make = flat_building if flat else pitched_building
@@ -180,7 +187,14 @@ def _houses(site: Site, block: Block, rng: Rng) -> None:
 
 
 def _house(
-    site: Site, block: Block, rng: Rng, x: float, front: float, inward: float, width: float, depth: float
+    site: Site,
+    block: Block,
+    rng: Rng,
+    x: float,
+    front: float,
+    inward: float,
+    width: float,
+    depth: float,
 ) -> None:
     """One lot: house, driveway, perhaps shed, terrace and hedge at its border."""
     plan = site.plan
@@ -193,17 +207,33 @@ def _house(
     reach = abs(y - front)
     drive = plan.frame(x + side * (0.5 * width - 2.4), front + 0.5 * inward * reach, math.pi / 2)
     plan.add_shape(block, drive, (0.5 * reach + 0.5, 1.6), kind)
-    plan.add_shape(block, house.child(0, 0), (half[0] + 1.1, half[1] + 1.1), int(rng.choice([g.PAVING, g.GRASS, g.GRAVEL])))
+    plan.add_shape(
+        block,
+        house.child(0, 0),
+        (half[0] + 1.1, half[1] + 1.1),
+        int(rng.choice([g.PAVING, g.GRASS, g.GRAVEL])),
+    )
     if rng.random() < 0.92:
-        site.build(house, half, float(rng.uniform(3.0, 6.4)), rng, Dress(rng, pitched=rng.random() < 0.85), False)
+        site.build(
+            house,
+            half,
+            float(rng.uniform(3.0, 6.4)),
+            rng,
+            Dress(rng, pitched=rng.random() < 0.85),
+            False,
+        )
     if rng.random() < 0.6:
         car(site.mesh, drive.child(float(rng.uniform(-1, 1)), 0.0), rng)
     back = front + inward * (depth - 4.5)
     if rng.random() < 0.55:
-        shed = plan.frame(x + float(rng.uniform(-0.25, 0.25)) * width, back, float(rng.uniform(-0.1, 0.1)))
+        shed = plan.frame(
+            x + float(rng.uniform(-0.25, 0.25)) * width, back, float(rng.uniform(-0.1, 0.1))
+        )
         dress = Dress(rng, sheet=rng.random() < 0.5)
         if site.free(shed, (2.6, 2.0)):
-            site.build(shed, (float(rng.uniform(1.5, 2.6)), 1.6), 2.4, rng, dress, dress.wall_kind == 1)
+            site.build(
+                shed, (float(rng.uniform(1.5, 2.6)), 1.6), 2.4, rng, dress, dress.wall_kind == 1
+            )
     if rng.random() < 0.4:
         bed = plan.frame(x + float(rng.uniform(-3, 3)), back - inward * 6.0, 0.0)
         plan.add_shape(block, bed, (3.0, 1.8), int(rng.choice([g.SOIL, g.CROP])))
@@ -219,12 +249,12 @@ def _downtown(site: Site, block: Block, rng: Rng) -> None:
     inset = site.plan.sidewalk + 0.3
     deep = float(rng.uniform(5.2, 6.8))
     x0, x1, y0, y1 = block.x0 + inset, block.x1 - inset, block.y0 + inset, block.y1 - inset
-    sides = ((x0, x1, y0 + deep, 0.0), (x0, x1, y1 - deep, 0.0))
+    sides = ((x0, x1, y0 + deep), (x0, x1, y1 - deep))
     flanks = ((y0 + 2 * deep, y1 - 2 * deep, x0 + deep), (y0 + 2 * deep, y1 - 2 * deep, x1 - deep))
-    for a, b, y, angle in sides:
-        _row(site, rng, a, b, lambda t, y=y: (t, y), angle, deep)  # type: ignore[misc]
+    for a, b, y in sides:
+        _row(site, rng, (a, b), y, 0, deep)
     for a, b, x in flanks:
-        _row(site, rng, a, b, lambda t, x=x: (x, t), math.pi / 2, deep)  # type: ignore[misc]
+        _row(site, rng, (a, b), x, 1, deep)
     _car_park(site, block, rng, 0.0, (8.0, 7.5))
     for _ in range(3):
         half = (float(rng.uniform(3, 6)), float(rng.uniform(2, 4)))
@@ -236,18 +266,21 @@ def _downtown(site: Site, block: Block, rng: Rng) -> None:
         site.plan.add_shape(block, lawn, (7.0, 6.0), g.GRASS)
 
 
-def _row(site: Site, rng: Rng, a: float, b: float, place, angle: float, deep: float) -> None:  # type: ignore[no-untyped-def]
-    """Adjoining houses along one side of a rim block, with the odd gap."""
-    t = a
+def _row(
+    site: Site, rng: Rng, span: tuple[float, float], line: float, axis: int, deep: float
+) -> None:
+    """Adjoining houses over `span` along `axis`, centred on `line`, with the odd gap."""
+    t, b = span
     while b - t > 9.0:
         length = min(float(rng.uniform(11, 24)), b - t)
         if b - t - length < 9.0:
             length = b - t
-        x, y = place(t + 0.5 * length)
+        middle = t + 0.5 * length
+        x, y = (line, middle) if axis else (middle, line)
         flat = rng.random() < 0.4
         height = 3.0 * float(rng.integers(3, 7)) + 0.8
         if rng.random() > 0.06:
-            frame = site.plan.frame(x, y, angle)
+            frame = site.plan.frame(x, y, 0.5 * math.pi * axis)
             dress = Dress(rng, pitched=not flat)
             site.build(frame, (0.5 * length, deep), height, rng, dress, flat)
         t += length
@@ -261,9 +294,11 @@ def _works(site: Site, block: Block, rng: Rng) -> None:
         frame = _spot(site, block, half, angle, 4.0, rng)
         if frame is not None:
             flat = rng.random() < 0.35
-            site.build(frame, half, float(rng.uniform(4.5, 11)), rng, Dress(rng, sheet=not flat), flat)
+            site.build(
+                frame, half, float(rng.uniform(4.5, 11)), rng, Dress(rng, sheet=not flat), flat
+            )
     _car_park(site, block, rng, angle, (float(rng.uniform(10, 20)), 8.0))
-    for _ in range(int(rng.integers(0, 9))):
+    for _ in range(int(rng.integers(3, 16))):
         frame = _spot(site, block, (3.0, 1.2), angle + float(rng.normal(0, 0.1)), 0.3, rng)
         if frame is not None:
             container(site.mesh, frame, rng)
@@ -346,16 +381,17 @@ def _plant(site: Site, block: Block, rng: Rng) -> None:
             x, y = rng.uniform((block.x0, block.y0), (block.x1, block.y1))
         else:
             x, y = groups[int(rng.integers(len(groups)))] + rng.normal(0, 5.0, 2)
-        radius = float(rng.choice([rng.uniform(0.8, 1.6), rng.uniform(1.8, 3.2), rng.uniform(3.0, 4.8)]))
-        _try_tree(site, float(x), float(y), radius, rng)
+        small = 0.05 if block.use == "forest" else 0.35
+        low, high = (0.6, 1.5) if rng.random() < small else (1.8, 4.8)
+        _try_tree(site, float(x), float(y), float(rng.uniform(low, high)), rng)
 
 
 def _try_tree(site: Site, x: float, y: float, radius: float, rng: Rng) -> None:
     frame = site.plan.frame(x, y, 0.0)
     clear = 0.55 * radius
-    if site.kind(x, y) in _GREEN and site.free(frame, (clear, clear)):
-        tree(site.mesh, x, y, frame.z, radius, rng)
-        site.mark(frame, (0.5 * radius, 0.5 * radius), 1.5 * radius)
+    if site.kind(frame.x, frame.y) in _GREEN and site.free(frame, (clear, clear)):
+        tree(site.mesh, frame.x, frame.y, frame.z, radius, rng)
+        site.mark(frame, (0.45 * radius, 0.45 * radius), 1.5 * radius)
 
 
 def _street_side(site: Site, block: Block, rng: Rng) -> None:
@@ -383,6 +419,7 @@ def _street_side(site: Site, block: Block, rng: Rng) -> None:
 
 def add_ground(site: Site) -> None:
     """The relief as a mesh: 8 m cells over the blocks, growing outwards to the horizon."""
+
     def lines(low: float, high: float) -> list[float]:
         inner = list(np.linspace(low, high, max(2, int((high - low) / 8.0))))
         far = [12.0 * 1.35**k for k in range(22)]

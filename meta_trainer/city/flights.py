@@ -165,9 +165,10 @@ def street_walk(plan: Plan, block: Block, count: int, rng: Rng) -> list[Shot]:
         way = (ring[leg + 1] - ring[leg]) / lengths[leg]
         flat = ring[leg] + way * (s - ends[leg]) + np.array([way[1], -way[0]]) * 1.0
         height = 2.6
-        spot = np.array([*flat, float(plan.height(flat[0], flat[1])) + height])
+        stand = plan.frame(float(flat[0]), float(flat[1]), math.atan2(way[1], way[0]))
+        spot = np.array([stand.x, stand.y, stand.z + height])
         turn = math.radians((0.0, 55.0, -55.0)[k % 3]) + float(rng.normal(0, 0.03))
-        yaw = math.atan2(way[1], way[0]) + turn
+        yaw = stand.angle + turn
         shots.append(Shot(look(spot, 0.03, yaw), 0.0, height, block.name))
     return retimed(plan, shots)
 

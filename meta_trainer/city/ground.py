@@ -32,18 +32,20 @@ def nearest_street(x: float, centres: Array, halves: Array) -> tuple[float, int]
 
 @njit(cache=True)
 def shape_at(x: float, y: float, shapes: Array, first: int, last: int) -> int:
-    """The topmost ground shape over a point (rows: x, y, ux, uy, hw, hh, kind, seed), or -1."""
+    """The topmost ground shape over a point (see `Plan.add_shape`), or -1."""
     for k in range(last - 1, first - 1, -1):
         dx, dy = x - shapes[k, 0], y - shapes[k, 1]
+        if dx * dx + dy * dy > shapes[k, 8]:
+            continue
         u = dx * shapes[k, 2] + dy * shapes[k, 3]
         v = dy * shapes[k, 2] - dx * shapes[k, 3]
         kind, seed = int(shapes[k, 6]), int(shapes[k, 7])
-        if abs(u) > 1.3 * shapes[k, 4] + 2.0 or abs(v) > 1.3 * shapes[k, 5] + 2.0:
+        if abs(u) > 1.3 * shapes[k, 4] + 1.0 or abs(v) > 1.3 * shapes[k, 5] + 1.0:
             continue
         ragged = 0.0
-        if kind == SOIL or kind == GRAVEL or kind == WATER or kind == MEADOW:
+        if kind in (SOIL, GRAVEL, WATER, MEADOW):
             ragged = fractal(x, y, seed, 3.0, 3, 0.1)
-        if kind == WATER or kind == MEADOW:
+        if kind in (WATER, MEADOW):
             radius = math.hypot(u / shapes[k, 4], v / shapes[k, 5])
             bumpy = 0.25 * fractal(x, y, seed, 16.0, 2, 0.1)
             if radius < 1.0 + bumpy + 0.03 * ragged:
@@ -64,11 +66,12 @@ def block_at(x: float, edges: Array) -> int:
 @njit(cache=True)
 def grass(x: float, y: float, foot: float, dry: float) -> RGB:
     """Lawn: green to straw, in patches from tens of metres down to tufts."""
-    broad = fractal(x, y, 11, 30.0, 3, foot)
-    fine = fractal(x, y, 23, 2.2, 5, foot)
-    t = step(-0.75, 0.95, broad + 0.45 * fine + 1.6 * dry - 0.8)
+    broad = fractal(x, y, 11, 30.0, 2, foot)
+    middle = fractal(x, y, 29, 7.0, 2, foot)
+    fine = fractal(x, y, 23, 1.5, 4, foot)
+    t = step(-0.75, 0.95, 0.8 * broad + 0.5 * middle + 0.4 * fine + 1.6 * dry - 0.8)
     colour = mix((0.048, 0.092, 0.016), (0.158, 0.158, 0.058), t)
-    return scaled(colour, 1.0 + 0.22 * fine + 0.14 * broad)
+    return scaled(colour, 1.0 + 0.42 * fine + 0.16 * middle + 0.1 * broad)
 
 
 @njit(cache=True)
@@ -95,7 +98,9 @@ def tiles(x: float, y: float, size: float, foot: float, tone: float) -> RGB:
     i, j = int(math.floor(x / size)), int(math.floor(y / size))
     shade = 0.16 * (hash01(i, j, 51) - 0.5) * seen(size, foot)
     joint = max(line(x, size, 0.04 * size**0.5, foot), line(y, size, 0.04 * size**0.5, foot))
-    dirt = 0.14 * fractal(x, y, 52, 6.0, 5, foot)
+    dirt = 0.16 * fractal(x, y, 52, 6.0, 5, foot) - 0.3 * step(
+        0.2, 0.7, fractal(x, y, 53, 20.0, 4, foot)
+    )
     level = tone * (1.0 + shade + dirt) * (1.0 - 0.4 * joint)
     return (level * 1.02, level, level * 0.94)
 
@@ -158,7 +163,9 @@ def street(d: float, across: float, along: float, half: float, cross: float, foo
     paint = 0.0
     soft = max(foot, 0.03)
     thin = min(1.0, 0.14 / soft)
-    if cross > 6.0:
+    if half < 3.0:
+        paint = 0.0
+    elif cross > 6.0:
         dashed = half > 5.0 or line(along, 9.0, 4.0, foot) > 0.5
         middle = abs(across) if half < 6.5 else abs(abs(across) - 0.45 * half)
         if dashed:
@@ -166,7 +173,7 @@ def street(d: float, across: float, along: float, half: float, cross: float, foo
         edge = abs(d + 2.3)
         if half > 4.5 and line(along, 5.5, 5.2, foot) > 0.3:
             paint = max(paint, 0.7 * thin * min(1.0, max(0.0, (0.07 + 0.5 * soft - edge) / soft)))
-    elif 1.5 < cross < 4.5:
+    elif half > 4.0 and 1.5 < cross < 4.5:
         paint = line(across, 1.0, 0.5, foot)
     worn = 0.75 + 0.25 * fractal(across, along, 88, 1.5, 3, foot)
     return mix(base, (0.52, 0.52, 0.49), 0.85 * paint * worn)
@@ -200,16 +207,24 @@ def forest(x: float, y: float, foot: float) -> RGB:
 
 
 @njit(cache=True)
+def weeds(x: float, y: float, foot: float, seed: int) -> float:
+    """How overgrown bare ground is: nothing in most places, green in some."""
+    return 0.85 * step(0.18, 0.5, fractal(x, y, seed + 3, 17.0, 6, foot))
+
+
+@njit(cache=True)
 def plain_kind(kind: int, x: float, y: float, foot: float, seed: int, dry: float) -> RGB:
     """Colour of the kinds that need no local coordinates."""
     if kind == PAVING:
         return tiles(x, y, 0.5, foot, 0.27)
     if kind == CONCRETE:
-        return tiles(x, y, 3.0, foot, 0.34)
+        return tiles(x, y, 3.0, foot, 0.27)
     if kind == SOIL:
-        return scaled((0.245, 0.195, 0.135), 1.0 + 0.3 * fractal(x, y, seed, 5.0, 5, foot))
+        bare = scaled((0.205, 0.165, 0.115), 1.0 + 0.3 * fractal(x, y, seed, 5.0, 5, foot))
+        return mix(bare, grass(x, y, foot, dry), weeds(x, y, foot, seed))
     if kind == GRAVEL:
-        return scaled((0.32, 0.285, 0.225), 1.0 + 0.22 * fractal(x, y, seed, 3.0, 6, foot))
+        bare = scaled((0.265, 0.24, 0.195), 1.0 + 0.25 * fractal(x, y, seed, 3.0, 6, foot))
+        return mix(bare, grass(x, y, foot, dry), weeds(x, y, foot, seed))
     if kind == CROP:
         return crop(x, y, foot, seed)
     if kind == WATER:
@@ -241,17 +256,20 @@ def ground(
     """Surface kind and linear albedo at a point of the ground.
 
     `streets_*` rows are (centre, half width); `blocks` (rows, columns, 3) holds base kind, first
-    and last shape; `style` is (dryness, share of woods, sidewalk width).
+    and last shape; `style` is (dryness, share of woods, sidewalk width, 6 numbers of the warp).
+    Streets and blocks are looked up at the unbent place (see `Plan.frame`, its inverse).
     """
-    dx, ix = nearest_street(x, streets_x[:, 0], streets_x[:, 1])
-    dy, iy = nearest_street(y, streets_y[:, 0], streets_y[:, 1])
+    px = x - style[3] * math.sin(style[4] * y + style[5])
+    py = y - style[6] * math.sin(style[7] * px + style[8])
+    dx, ix = nearest_street(px, streets_x[:, 0], streets_x[:, 1])
+    dy, iy = nearest_street(py, streets_y[:, 0], streets_y[:, 1])
     reach = 700.0
-    inside = block_at(x, edges_x) >= 0 and block_at(y, edges_y) >= 0
-    if dx < 0.0 and (inside or (abs(y) < reach and ix % 2 == 1)) and (dx <= dy or dy > 0.0):
-        return STREET, street(dx, x - streets_x[ix, 0], y, streets_x[ix, 1], dy, foot)
-    if dy < 0.0 and (inside or (abs(x) < reach and iy % 2 == 1)):
-        return STREET, street(dy, y - streets_y[iy, 0], x, streets_y[iy, 1], dx, foot)
-    column, row = block_at(x, edges_x), block_at(y, edges_y)
+    column, row = block_at(px, edges_x), block_at(py, edges_y)
+    inside = column >= 0 and row >= 0
+    if dx < 0.0 and (inside or (abs(py) < reach and ix % 2 == 1)) and (dx <= dy or dy > 0.0):
+        return STREET, street(dx, px - streets_x[ix, 0], py, streets_x[ix, 1], dy, foot)
+    if dy < 0.0 and (inside or (abs(px) < reach and iy % 2 == 1)):
+        return STREET, street(dy, py - streets_y[iy, 0], px, streets_y[iy, 1], dx, foot)
     if column < 0 or row < 0:
         return country(x, y, foot, style[0], style[1])
     near = min(dx, dy)

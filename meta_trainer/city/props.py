@@ -22,10 +22,12 @@ CARS: tuple[Colour, ...] = (
     (0.025, 0.025, 0.028),
     (0.10, 0.10, 0.11),
     (0.26, 0.27, 0.28),
-    (0.035, 0.07, 0.22),
-    (0.38, 0.03, 0.025),
+    (0.05, 0.075, 0.15),
+    (0.17, 0.04, 0.035),
+    (0.40, 0.40, 0.41),
+    (0.15, 0.15, 0.16),
     (0.30, 0.27, 0.20),
-    (0.04, 0.12, 0.08),
+    (0.05, 0.085, 0.07),
 )
 
 
@@ -37,7 +39,7 @@ def tree(mesh: Builder, x: float, y: float, z: float, radius: float, rng: Rng) -
     place = Frame(x, y, z, rng.uniform(0, 3))
     box(mesh, place, (0.06 * radius,) * 2, (-1.0, 0.6 * tall), PLAIN, PLAIN, 1, BARK)
     centre = np.array([x, y, z])
-    clumps = int(np.clip(55 + 24 * radius * radius, 70, 480))
+    clumps = int(np.clip(60 + 42 * radius * radius, 70, 900))
     if conifer:
         points, outward = _cone(clumps, radius, trunk, tall, rng)
     else:
@@ -46,7 +48,9 @@ def tree(mesh: Builder, x: float, y: float, z: float, radius: float, rng: Rng) -
     _leaves(mesh, centre + points, outward, size, pick(rng, GREENS, 0.25), rng)
 
 
-def _lobes(n: int, radius: float, low: float, high: float, rng: Rng) -> tuple[FloatArray, FloatArray]:
+def _lobes(
+    n: int, radius: float, low: float, high: float, rng: Rng
+) -> tuple[FloatArray, FloatArray]:
     """Points on several overlapping lobes of a round crown, with outward directions."""
     lobes = int(rng.integers(5, 10))
     tall = 0.5 * (high - low)
@@ -61,7 +65,9 @@ def _lobes(n: int, radius: float, low: float, high: float, rng: Rng) -> tuple[Fl
     return middle + centres[which] + way * reach * depth, way
 
 
-def _cone(n: int, radius: float, low: float, high: float, rng: Rng) -> tuple[FloatArray, FloatArray]:
+def _cone(
+    n: int, radius: float, low: float, high: float, rng: Rng
+) -> tuple[FloatArray, FloatArray]:
     """Points on a conifer's tiers, with outward directions."""
     t = 1.0 - np.sqrt(rng.uniform(0.0, 1.0, n))
     angle = rng.uniform(0, 2 * np.pi, n)
@@ -72,7 +78,12 @@ def _cone(n: int, radius: float, low: float, high: float, rng: Rng) -> tuple[Flo
 
 
 def _leaves(
-    mesh: Builder, points: FloatArray, outward: FloatArray, size: FloatArray, colour: Colour, rng: Rng
+    mesh: Builder,
+    points: FloatArray,
+    outward: FloatArray,
+    size: FloatArray,
+    colour: Colour,
+    rng: Rng,
 ) -> None:
     """One irregular quad per clump, facing roughly outward."""
     n = len(points)
@@ -85,7 +96,8 @@ def _leaves(
         corners.append(points + side * a * jitter[:, :1] + other * b * jitter[:, 1:])
     vertices = np.stack(corners, axis=1).reshape(-1, 3)
     base = 4 * np.arange(n)[:, None]
-    faces = np.stack([base + [0, 1, 2], base + [0, 2, 3]], axis=1).reshape(-1, 3)
+    pairs = [base + np.array([0, 1, 2]), base + np.array([0, 2, 3])]
+    faces = np.stack(pairs, axis=1).reshape(-1, 3).astype(np.int64)
     normals = np.repeat(_unit(0.75 * outward + 0.45 * face), 2, axis=0)
     mesh.soup(vertices, faces, normals, LEAF, new_seed(rng), colour)
 
@@ -118,12 +130,19 @@ def car(mesh: Builder, frame: Frame, rng: Rng) -> None:
         box(mesh, frame, size, (0.25, 2.2), PAINT, PAINT, 1, paint)
         return
     length, width = rng.uniform(1.9, 2.35), rng.uniform(0.84, 0.92)
-    box(mesh, frame, (length * 0.97, width * 0.97), (0.0, 0.32), PLAIN, PLAIN, 1, (0.02, 0.02, 0.02))
+    box(
+        mesh, frame, (length * 0.97, width * 0.97), (0.0, 0.32), PLAIN, PLAIN, 1, (0.02, 0.02, 0.02)
+    )
     box(mesh, frame, (length, width), (0.3, 0.85), PAINT, PAINT, 1, paint)
     back, front = -0.85 * length, 0.45 * length
     low = [(back, -width), (front, -width), (front, width), (back, width)]
     narrow = 0.8 * width
-    high = [(back + 0.35, -narrow), (front - 0.75, -narrow), (front - 0.75, narrow), (back + 0.35, narrow)]
+    high = [
+        (back + 0.35, -narrow),
+        (front - 0.75, -narrow),
+        (front - 0.75, narrow),
+        (back + 0.35, narrow),
+    ]
     for k in range(4):
         n = (k + 1) % 4
         side = [(*low[k], 0.85), (*low[n], 0.85), (*high[n], 1.45), (*high[k], 1.45)]
@@ -133,7 +152,7 @@ def car(mesh: Builder, frame: Frame, rng: Rng) -> None:
 
 def container(mesh: Builder, frame: Frame, rng: Rng) -> None:
     """A shipping container or a stack of two."""
-    palette = ((0.25, 0.06, 0.04), (0.05, 0.12, 0.22), (0.10, 0.22, 0.10), (0.5, 0.5, 0.48))
+    palette = ((0.20, 0.07, 0.05), (0.07, 0.12, 0.19), (0.12, 0.18, 0.12), (0.5, 0.5, 0.48))
     top = 2.6 if rng.random() < 0.7 else 5.2
     kind = METAL_ROOF
     box(mesh, frame, (3.0, 1.2), (0.0, top), kind, kind, new_seed(rng), pick(rng, palette))

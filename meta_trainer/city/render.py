@@ -1,16 +1,17 @@
-"""Ray-traced pictures and exact z-depth of a built city (Embree finds the hits)."""
+"""Ray-traced pictures and exact z-depth of a built city."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import numpy.typing as npt
-from embreex.mesh_construction import TriangleMesh
-from embreex.rtcore_scene import EmbreeScene
 from numba import njit
 
+from mclnf_edge.types import Camera, Matrix4
+from meta_trainer.city.caster import Caster, make_caster
 from meta_trainer.city.fill import Site, fill
 from meta_trainer.city.ground import CROP, FOREST_FLOOR, GRASS, MEADOW, WATER, ground
 from meta_trainer.city.mesh import FloatArray, Mesh
@@ -18,7 +19,6 @@ from meta_trainer.city.noise import RGB, fractal
 from meta_trainer.city.plan import Plan
 from meta_trainer.city.surfaces import GLASS, LEAF, leaf, surface
 from meta_trainer.city.surfaces import GROUND as GROUND_PATCH
-from mclnf_edge.types import Camera, Matrix4
 
 Array = np.ndarray
 
@@ -32,7 +32,7 @@ class City:
 
     plan: Plan
     mesh: Mesh
-    scene: EmbreeScene
+    caster: Caster
     ground_args: tuple[npt.NDArray[np.generic], ...]
     occlusion: FloatArray
     occlusion_low: FloatArray
@@ -40,25 +40,23 @@ class City:
 
 
 def build_city(plan: Plan, ground_z: float = 0.0) -> City:
-    """Fill the plan and hand its triangles to Embree. The world is the city turned by its heading.
+    """Fill the plan and hand its triangles to the ray caster.
 
-    `ground_z` is added to every height, so that captures do not all lie at z = 0.
+    The world is the city turned by its heading; `ground_z` is added to every height, so that
+    captures do not all lie at z = 0.
     """
     site = fill(plan)
     mesh = site.mesh.build()
-    scene = EmbreeScene(robust=True)
-    TriangleMesh(scene, mesh.vertices.astype(np.float32), mesh.faces.astype(np.int32))
+    caster = make_caster(mesh.vertices, mesh.faces)
     c, s = math.cos(plan.heading), math.sin(plan.heading)
     T = np.eye(4)
     T[:2, :2] = [[c, -s], [s, c]]
     T[2, 3] = ground_z
-    return City(plan, mesh, scene, plan.ground_arrays(), _blurred(site), site.low, T)
+    return City(plan, mesh, caster, plan.ground_arrays(), _blurred(site), site.low, T)
 
 
 def _blurred(site: Site) -> FloatArray:
     """Mean height above ground around each metre, at three radii: how much sky is hidden."""
-    import cv2
-
     h = site.heights.astype(np.float32)
     return np.stack([cv2.GaussianBlur(h, (0, 0), s) for s in (1.5, 5.0, 14.0)]).astype(np.float64)
 
@@ -76,10 +74,12 @@ def camera_rays(
     return T[:3, 3].copy(), np.concatenate(rays) @ T[:3, :3].T
 
 
-def trace(city: City, origin: FloatArray, rays: FloatArray) -> tuple[npt.NDArray[np.int32], FloatArray]:
+def trace(
+    city: City, origin: FloatArray, rays: FloatArray
+) -> tuple[npt.NDArray[np.int32], FloatArray]:
     """First triangle (-1 for none) and the exact distance along each ray."""
     origins = np.broadcast_to(origin.astype(np.float32), rays.shape).copy()
-    hits = city.scene.run(origins, rays.astype(np.float32))
+    hits = city.caster.first(origins, rays.astype(np.float32))
     distance = _distances(origin, rays, hits, city.mesh.vertices, city.mesh.faces)
     return hits, distance
 
@@ -90,13 +90,13 @@ def _distances(origin: Array, rays: Array, hits: Array, vertices: Array, faces: 
     for k in range(len(rays)):
         if hits[k] < 0:
             continue
-        a = vertices[faces[hits[k], 0]]
-        e, f = vertices[faces[hits[k], 1]] - a, vertices[faces[hits[k], 2]] - a
-        n = np.array(
-            [e[1] * f[2] - e[2] * f[1], e[2] * f[0] - e[0] * f[2], e[0] * f[1] - e[1] * f[0]]
-        )
-        along = rays[k, 0] * n[0] + rays[k, 1] * n[1] + rays[k, 2] * n[2]
-        to = (a[0] - origin[0]) * n[0] + (a[1] - origin[1]) * n[1] + (a[2] - origin[2]) * n[2]
+        i, j, m = faces[hits[k], 0], faces[hits[k], 1], faces[hits[k], 2]
+        ax, ay, az = vertices[i, 0], vertices[i, 1], vertices[i, 2]
+        ex, ey, ez = vertices[j, 0] - ax, vertices[j, 1] - ay, vertices[j, 2] - az
+        fx, fy, fz = vertices[m, 0] - ax, vertices[m, 1] - ay, vertices[m, 2] - az
+        nx, ny, nz = ey * fz - ez * fy, ez * fx - ex * fz, ex * fy - ey * fx
+        along = rays[k, 0] * nx + rays[k, 1] * ny + rays[k, 2] * nz
+        to = (ax - origin[0]) * nx + (ay - origin[1]) * ny + (az - origin[2]) * nz
         out[k] = to / along
     return out
 
@@ -120,8 +120,7 @@ def picture(
     lit = np.zeros(len(rays), dtype=np.bool_)
     facing = np.flatnonzero(~np.isnan(starts[:, 0]))
     towards = np.broadcast_to(light.sun.astype(np.float32), (len(facing), 3)).copy()
-    blocked = city.scene.run(starts[facing], towards, query="OCCLUDED")
-    lit[facing] = blocked < 0
+    lit[facing] = ~city.caster.blocked(starts[facing], towards)
     m = city.mesh
     colours = _shade(
         origin,
@@ -144,17 +143,33 @@ def picture(
         light.haze,
         1.0 / camera.fx,
     )
-    mean = _tone(colours * gain, light.warmth).reshape(len(_OFFSETS), -1, 3).mean(axis=0)
+    look = np.array([gain, light.warmth, light.contrast, light.saturation])
+    mean = _developed(colours.reshape(len(_OFFSETS), -1, 3), look)
     return np.rint(_srgb(mean) * 255.0).astype(np.uint8).reshape(camera.height, camera.width, 3)
 
 
-def _tone(linear: FloatArray, warmth: float) -> FloatArray:
-    """White balance and a shoulder, per sample, so that bright edges do not alias."""
-    x = linear * np.array([1.0 + 0.04 * warmth, 1.0, 1.0 - 0.06 * warmth])
-    knee = 0.6
-    over = np.maximum(x - knee, 0.0)
-    rolled: FloatArray = np.minimum(x, knee) + (1 - knee) * (1 - np.exp(-over / (1 - knee)))
-    return rolled
+@njit(cache=True)
+def _developed(samples: Array, look: Array) -> Array:
+    """Exposure, white balance, saturation, contrast and a shoulder, then the mean of the samples.
+
+    In this order, since averaging before the shoulder would let bright edges alias.
+    """
+    gain, warmth, contrast, saturation = look
+    white = (1.0 + 0.04 * warmth, 1.0, 1.0 - 0.06 * warmth)
+    knee, count = 0.6, len(samples)
+    out = np.zeros((samples.shape[1], 3))
+    for k in range(len(out)):
+        for s in range(count):
+            r, g, b = samples[s, k]
+            r, g, b = gain * white[0] * r, gain * white[1] * g, gain * white[2] * b
+            grey = (r + g + b) / 3.0
+            for c, x in enumerate((r, g, b)):
+                x = max(grey + saturation * (x - grey), 0.0)
+                x = 0.2 * (5.0 * x) ** contrast
+                if x > knee:
+                    x = knee + (1.0 - knee) * (1.0 - math.exp(-(x - knee) / (1.0 - knee)))
+                out[k, c] += x / count
+    return out
 
 
 def _srgb(linear: FloatArray) -> FloatArray:
@@ -271,7 +286,7 @@ def _shade(
         if kind == LEAF:
             cosine = (cosine + 0.35) / 1.35
         if rough > 0.0:
-            cosine *= 1.0 + rough * fractal(x, y, 77, 0.6, 3, foot)
+            cosine *= 1.0 + rough * fractal(x, y, 77, 0.6, 2, foot)
         direct = max(0.0, cosine) if lit[k] else 0.0
         share = _sky_share(x, y, above, maps, low) * (0.62 + 0.38 * n[2])
         fog = math.exp(-haze * t * length)

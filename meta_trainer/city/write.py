@@ -6,10 +6,11 @@ holds the whole request; a folder made with another request is refused.
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -116,6 +117,11 @@ def check(request: Request) -> None:
             )
 
 
+def frame_count(request: Request) -> int:
+    """How many frames `generate` will write."""
+    return request.flight or request.blocks * request.frames_per_block
+
+
 def grid(blocks: int) -> tuple[int, int]:
     """Rows and columns, as square as the number of blocks allows."""
     rows = max(r for r in range(1, math.isqrt(blocks) + 1) if blocks % r == 0)
@@ -183,7 +189,11 @@ def _write_flight(out: Path, request: Request, plan: Plan, tell: Progress) -> No
             entry["exposure"] = gain
         frames.append(entry)
         tell(k + 1, len(shots), image)
-    head = {"camera_model": "PINHOLE", **_intrinsics(camera), "depth_unit_scale_factor": DEPTH_UNIT_M}
+    head = {
+        "camera_model": "PINHOLE",
+        **_intrinsics(camera),
+        "depth_unit_scale_factor": DEPTH_UNIT_M,
+    }
     _write_json(out / "transforms.json", {**head, "frames": frames})
 
 
@@ -278,14 +288,14 @@ def _frame(
 def write_exr(path: Path, metres: FloatArray) -> None:
     """Z-depth as MatrixCity has it: EXR, channel Z, float32 centimetres, 65504 where unknown."""
     try:
-        import OpenEXR
+        openexr = importlib.import_module("OpenEXR")
     except ImportError:
         raise ConfigError("EXR depth needs `pip install OpenEXR`, or leave depth out") from None
     values = np.where(np.isfinite(metres), metres * 100.0, 65504.0).astype(np.float32)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.exr")
-    header = {"compression": OpenEXR.ZIP_COMPRESSION, "type": OpenEXR.scanlineimage}
-    OpenEXR.File(header, {"Z": OpenEXR.Channel(values)}).write(str(part))
+    header = {"compression": openexr.ZIP_COMPRESSION, "type": openexr.scanlineimage}
+    openexr.File(header, {"Z": openexr.Channel(values)}).write(str(part))
     os.replace(part, path)
 
 
