@@ -20,7 +20,6 @@ from typing import Literal, get_args
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
-from zmq.utils import z85
 
 from mclnf_edge.errors import ConfigError, ProtocolError
 from mclnf_edge.wire.keys import KeyPair, check_key, load_secret, refuse_open_file
@@ -164,7 +163,8 @@ class _Provider:
         self._keyring = keyring
 
     def callback(self, domain: str, key: bytes) -> bool:
-        return bool(self._keyring.user(z85.encode(key).decode()).roles)
+        """Whether the client with this Z85 public key may connect."""
+        return bool(self._keyring.user(key.decode()).roles)
 
 
 def start_authenticator(

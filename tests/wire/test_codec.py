@@ -114,8 +114,9 @@ def test_what_the_source_knows_stays_at_home() -> None:
 
 
 def test_numpy_numbers_travel_as_plain_ones() -> None:
-    camera = Camera(4, 4, *map(np.float64, (2.0, 2.0, 2.0, 2.0)))  # type: ignore[arg-type]
-    posed = Frame(np.int64(3), 0.0, b"x", "raw", camera, POSE)  # type: ignore[arg-type]
+    size: Any = np.float64(2.0)
+    number: Any = np.int64(3)
+    posed = Frame(number, 0.0, b"x", "raw", Camera(4, 4, size, size, size, size), POSE)
     put = PutFrame(session="s", stream="c", frame=posed)
     received = decode(encode(put))
     assert isinstance(received, PutFrame) and type(received.frame.seq) is int
