@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +32,56 @@ def train(
     from meta_trainer.trainer import train as run
 
     typer.echo(run(load_config(config), root))
+
+
+@app.command()
+def reproduce(
+    target: Annotated[str, typer.Argument(help="table1 ... table7, fig2, fig3, fig4, or all.")],
+    budget: Annotated[str, typer.Option(help="smoke, cpu or paper.")] = "smoke",
+    dataset: Annotated[
+        str | None, typer.Option(help="One data set (default: all there are).")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="A plain folder to evaluate on.")] = None,
+    root: Root = None,
+    out: Annotated[Path, typer.Option(help="Output folder; results in it are used.")] = Path(
+        "results"
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Compute a table or figure of the paper; stopped and started again it goes on."""
+    from meta_trainer.report import as_text
+    from meta_trainer.reproduce import TARGETS
+    from meta_trainer.reproduce import reproduce as run
+
+    for name in TARGETS if target == "all" else [target]:
+        result = run(name, budget, dataset, data, root, out)
+        typer.echo(json.dumps(result) if as_json else as_text(result))
+
+
+@app.command()
+def evaluate(
+    init: Annotated[Path, typer.Option(help="An init.pt of this package.")],
+    data: Annotated[Path | None, typer.Option(help="Plain folder of signals.")] = None,
+    signals: Annotated[int, typer.Option(help="How many signals.")] = 4,
+    steps: Annotated[int, typer.Option(help="Steps per task, measured at powers of two.")] = 64,
+    batch: Annotated[int, typer.Option(help="Coordinates per task and step, 0: all.")] = 0,
+    root: Root = None,
+) -> None:
+    """Adapt an initialization to held-out signals; prints PSNR per number of steps as JSON."""
+    from meta_trainer.trainer import evaluate_init
+
+    typer.echo(json.dumps(evaluate_init(init, data, signals, steps, batch, root), indent=1))
+
+
+@app.command()
+def report(
+    out: Annotated[Path, typer.Option(help="Folder that `reproduce` wrote.")] = Path("results"),
+) -> None:
+    """Write report.html and report.md from the results in a folder."""
+    from meta_trainer.report import write_report
+
+    for path in write_report(out):
+        typer.echo(path)
 
 
 def main() -> None:

@@ -118,7 +118,7 @@ def load_image(path: Path, shape: Shape) -> Signal:
 
 def load_audio(path: Path, shape: Shape) -> Signal:
     """The middle `samples` samples, mono."""
-    import soundfile  # type: ignore[import-untyped]  # only audio experiments need it
+    import soundfile  # only audio experiments need it
 
     try:
         sound, rate = soundfile.read(path, dtype="float32", always_2d=True)

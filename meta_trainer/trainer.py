@@ -26,8 +26,9 @@ from mclnf_edge.errors import ConfigError, InitError
 from mclnf_edge.maths.adaptation import Rates
 from mclnf_edge.maths.fields import Field, Params, Siren
 from meta_trainer.config import TrainConfig, parse_config
-from meta_trainer.data import DATASETS, Item, open_items
+from meta_trainer.data import DATASETS, Item, open_folder, open_items
 from meta_trainer.episodes import CUTTERS, Episode
+from meta_trainer.evaluate import run_signal, summary
 from meta_trainer.meta_gradient import MetaGradient, initial_rates, meta_gradient
 from meta_trainer.methods import METHODS, STARTS, Learning, Method
 
@@ -232,6 +233,36 @@ def load_checkpoint(path: Path, config: TrainConfig) -> Run:
     run.optimizer.load_state_dict(held["optimizer"])
     run.step = held["step"]
     return run
+
+
+def evaluate_init(
+    path: Path, folder: Path | None, signals: int, steps: int, batch: int, root: Path | None
+) -> dict[str, Any]:
+    """PSNR of an initialization on test signals at 1, 2, 4 ... `steps` steps, its own method."""
+    held = load_init(path)
+    config = parse_config(held["config"])
+    items = open_folder(folder, config.dataset) if folder else None
+    items = (items or open_items(config.dataset, "test", root))[:signals]
+    method = METHODS[STARTS[config.start]]
+    if method.modules:
+        method = dataclasses.replace(method, modules=config.tasks)  # type: ignore[type-var]
+    how = Learning(held["field"], held["rates"], config.rule, batch)
+    marks = [2**k for k in range(steps.bit_length())]
+    cache: dict[int, Episode] = {}
+    runs = [
+        run_signal(
+            method, held["params"], make_episode(items, i, config, cache), items[i].kind, marks,
+            how, config.seed,
+        )
+        for i in range(len(items))
+    ]  # fmt: skip
+    return {
+        "method": method.name,
+        "dataset": config.dataset,
+        "n": len(items),
+        **summary([r["curve"] for r in runs], "psnr"),
+        "signals": {item.name: r["curve"] for item, r in zip(items, runs, strict=True)},
+    }
 
 
 def _leaves(run: Run) -> list[Tensor]:

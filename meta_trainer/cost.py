@@ -1,0 +1,57 @@
+"""Table 6: what adapting one episode costs, each method in a process of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import time
+from typing import TYPE_CHECKING, Any
+
+from mclnf_edge.maths.fields import count
+from meta_trainer.evaluate import measure
+from meta_trainer.methods import predict
+
+if TYPE_CHECKING:
+    from meta_trainer.reproduce import Job, Setting
+
+STEPS = 128
+
+
+def measure_cost(job: Job, setting: Setting, name: str) -> dict[str, Any]:
+    """Parameters, peak memory (MiB, of the whole process), episodes/s at 128 steps per task, PSNR.
+
+    The smaller of 128 and the budget's last mark is used and reported as `steps`.
+    """
+    from meta_trainer.reproduce import chosen_rate, make_method, start_params
+
+    method = make_method(name, setting)
+    start_params(job, setting, method, 0)  # trained and searched here, not in the measured process
+    rate, _ = chosen_rate(job, setting, name, method)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_measure, (job, setting, name, rate))
+
+
+def _measure(job: Job, setting: Setting, name: str, rate: float) -> dict[str, Any]:
+    import torch
+
+    from meta_trainer.reproduce import load_episode, make_method, start_params, test_items
+
+    method = make_method(name, setting)
+    start = start_params(job, setting, method, 0)
+    item = test_items(job, setting)[0]
+    episode = load_episode(item, setting, job.budget)
+    how, steps = job.learning(setting, method, rate), min(STEPS, job.budget.marks[-1])
+    begun = time.perf_counter()
+    (end,) = method.learn(start, episode, [steps], how, torch.Generator().manual_seed(0))
+    seconds = time.perf_counter() - begun
+    got = episode.rebuild(predict(how, method.modules, end, episode))
+    truth = episode.rebuild(episode.values)
+    return {
+        "steps": steps,
+        "parameters": count(start) * max(1, method.modules),
+        "memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "episodes_per_s": 1 / seconds,
+        "psnr": measure(got, truth, item.kind, episode.peak)["psnr"],
+        "seeds": 1,
+        "n": 1,
+    }

@@ -1,0 +1,176 @@
+"""One method on one signal: quality after each number of steps, and what was forgotten."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+
+from mclnf_edge.errors import ConfigError
+from mclnf_edge.maths.fields import Params
+from mclnf_edge.maths.metrics import backward_transfer, forgetting, psnr, ssim
+from meta_trainer.data import SAMPLE_RATE_HZ, Kind
+from meta_trainer.episodes import Episode, Signal
+from meta_trainer.methods import Learning, Method, predict
+
+PERCEPTUAL: dict[Kind, str] = {"image": "ssim", "video": "ssim", "audio": "pesq"}
+
+
+def run_signal(
+    method: Method,
+    start: Params,
+    episode: Episode,
+    kind: Kind,
+    marks: Sequence[int],
+    how: Learning,
+    seed: int,
+    panels: Path | None = None,
+) -> dict[str, Any]:
+    """Learn an episode and measure it at every mark.
+
+    Returns `curve` (mark -> {"psnr": dB, "ssim" or "pesq": value}), `tasks` (quality on task j
+    after task i, dB, at the last mark), `forgetting` and `transfer` per task, and `seconds`. With
+    `panels` the reconstructions are written there as "<mark>.png" beside "truth.png".
+    """
+    begun = time.monotonic()
+    truth = episode.rebuild(episode.values)
+    quality = np.full((episode.tasks, episode.tasks), math.nan)
+
+    def after_task(task: int, params: Params) -> None:
+        values = predict(how, method.modules, params, episode)
+        for j in range(task + 1):
+            quality[task, j] = psnr(values[j].numpy(), episode.values[j].numpy(), peak=episode.peak)
+
+    ends = method.learn(
+        start, episode, marks, how, torch.Generator().manual_seed(seed), after_task=after_task
+    )
+    curve: dict[int, dict[str, float]] = {}
+    for mark, params in zip(marks, ends, strict=True):
+        got = episode.rebuild(predict(how, method.modules, params, episode))
+        curve[mark] = measure(got, truth, kind, episode.peak)
+        if panels is not None and kind != "audio":
+            write_panel(panels / f"{mark}.png", got)
+    if panels is not None and kind != "audio":
+        write_panel(panels / "truth.png", truth)
+    return {
+        "curve": {str(k): v for k, v in curve.items()},
+        "tasks": [[None if math.isnan(q) else q for q in row] for row in quality],
+        "forgetting": forgetting(quality).tolist(),
+        "transfer": backward_transfer(quality).tolist(),
+        "seconds": time.monotonic() - begun,
+    }
+
+
+def measure(got: Signal, truth: Signal, kind: Kind, peak: float) -> dict[str, float]:
+    """PSNR and the modality's perceptual measure (SSIM: mean over frames; PESQ: wide band)."""
+    values = {"psnr": psnr(got, truth, peak=peak)}
+    if kind == "audio":
+        values["pesq"] = pesq(got, truth) if has_pesq() else math.nan
+    elif kind == "video":
+        values["ssim"] = float(np.mean([ssim(a, b) for a, b in zip(got, truth, strict=True)]))
+    else:
+        values["ssim"] = ssim(got, truth)
+    return values
+
+
+def pesq(got: Signal, truth: Signal) -> float:
+    """Wide-band PESQ (ITU-T P.862.2) at 16 kHz; NaN where it finds no utterance.
+
+    Raises:
+        ConfigError: the package `pesq` is not installed.
+    """
+    package = pesq_package()
+    if not np.any(got):
+        return math.nan
+    try:
+        return float(package.pesq(SAMPLE_RATE_HZ, truth, got, "wb"))
+    except package.PesqError:
+        return math.nan
+
+
+def pesq_package() -> Any:
+    """The optional package `pesq` (it builds a C extension); ConfigError without it."""
+    try:
+        import pesq as package
+    except ImportError as error:
+        raise ConfigError("PESQ needs the package `pesq`: pip install pesq") from error
+    return package
+
+
+def has_pesq() -> bool:
+    """Whether PESQ can be measured here; PSNR of audio does not need it."""
+    return importlib.util.find_spec("pesq") is not None
+
+
+def search_rate(
+    method: Method,
+    start: Params,
+    episodes: Sequence[Episode],
+    how: Learning,
+    rates: Sequence[float],
+    steps: int,
+    seed: int,
+) -> tuple[float, dict[str, float]]:
+    """The step size with the best mean PSNR after `steps` steps, and every one's figure.
+
+    A rate that diverges (PSNR not finite) counts as -inf. The same budget for every method.
+    """
+    table: dict[str, float] = {}
+    for rate in rates:
+        found = []
+        for episode in episodes:
+            (end,) = method.learn(
+                start, episode, [steps], replace(how, rates=rate),
+                torch.Generator().manual_seed(seed),
+            )  # fmt: skip
+            got = episode.rebuild(predict(how, method.modules, end, episode))
+            found.append(psnr(got, episode.rebuild(episode.values), peak=episode.peak))
+        mean = float(np.mean(found))
+        table[f"{rate:g}"] = mean if math.isfinite(mean) else -math.inf
+    return max(rates, key=lambda r: table[f"{r:g}"]), table
+
+
+def write_panel(path: Path, picture: Signal) -> None:
+    """A PNG of a picture, or of a video's first frame."""
+    frame = picture[0] if picture.ndim == 4 else picture
+    path.parent.mkdir(parents=True, exist_ok=True)
+    levels = np.round(np.clip(frame, 0, 1) * 255).astype(np.uint8)
+    if not cv2.imwrite(str(path), cv2.cvtColor(levels, cv2.COLOR_RGB2BGR)):
+        raise OSError(f"{path}: cannot be written")
+
+
+def summary(curves: Sequence[Mapping[str, Mapping[str, float]]], metric: str) -> dict[str, Any]:
+    """Mean over runs at each mark: `step1`, `best`, `best_step`, `last` and the whole `curve`."""
+    marks = sorted({int(k) for c in curves for k in c})
+    means = {k: _mean([c[str(k)][metric] for c in curves]) for k in marks}
+    best = max(marks, key=lambda k: means[k] if math.isfinite(means[k]) else -math.inf)
+    return {
+        "step1": means[marks[0]],
+        "best": means[best],
+        "best_step": best,
+        "last": means[marks[-1]],
+        "curve": {str(k): v for k, v in means.items()},
+    }
+
+
+def bootstrap(values: Sequence[float], draws: int = 2000) -> tuple[float, float]:
+    """95 % percentile interval of the mean over signals; the same draws for every call."""
+    known = np.array([v for v in values if math.isfinite(v)])
+    if len(known) < 2:
+        return math.nan, math.nan
+    picks = np.random.default_rng(0).integers(len(known), size=(draws, len(known)))
+    low, high = np.percentile(known[picks].mean(1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [v for v in values if not math.isnan(v)]
+    return float(np.mean(known)) if known else math.nan

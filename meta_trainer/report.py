@@ -1,0 +1,242 @@
+"""Results as text, Markdown and HTML: tables beside the paper's, curves, panels."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mclnf_edge.errors import ConfigError
+
+Row = Mapping[str, Any]
+
+DISCREPANCIES = (
+    "Table 7 counts 10 hidden 256x256 layers with 2 inputs and 3 outputs (659,459); the text says "
+    "5 inputs and 4 outputs. 2,628,099 at width 512 lacks the input layer.",
+    "Audio: 197,120 counts the weights of a width-256 network without biases; four modules of "
+    "width 128 then have 197,632, not the printed 196,704.",
+    "Table 1 gives ER up to 45.7 dB, near MOL; Table 2 gives the same runs an SSIM near 0.5, which "
+    "such a PSNR excludes; Table 6 gives 30.8 dB on CelebA after 128 steps.",
+    "Table 6: 68 episodes/s of 4 x 128 steps on 180x180 pixels need some 85 TFLOP/s.",
+    "Appendix D's text calls Ours better than MOL everywhere; Table 3 shows MOL ahead of Ours on "
+    "ImageNette and VoxCeleb2.",
+    "Theorem 2 as printed uses lambda_min(F) where F^-1 stands; F = 2I, L = mu = 1, eta = 0.1 "
+    "breaks its rate (tests/maths/test_theorems.py). Eq. 21's bound on the weights does not hold "
+    "without a clamp.",
+)
+
+
+def as_text(result: Mapping[str, Any]) -> str:
+    """A result as a Markdown table."""
+    return "\n".join([f"## {result['target']} ({result['budget']['name']})", "", *_table(result)])
+
+
+def _table(result: Mapping[str, Any]) -> Iterator[str]:
+    rows: Sequence[Row] = result["rows"]
+    columns = _columns(rows)
+    yield "| " + " | ".join(columns) + " |"
+    yield "|" + " --- |" * len(columns)
+    for row in rows:
+        yield "| " + " | ".join(_cell(row, c) for c in columns) + " |"
+
+
+def _columns(rows: Sequence[Row]) -> list[str]:
+    """Columns that some row has, our figure followed by the paper's."""
+    order = (
+        "dataset", "method", "width", "tasks", "metric", "step1", "best", "best_step", "last",
+        "parameters", "memory_mb", "episodes_per_s", "psnr", "interval", "forgetting", "transfer",
+        "rate", "seeds", "n",
+    )  # fmt: skip
+    found = [c for c in order if any(c in row for row in rows)]
+    papered = {k for row in rows for k in (row.get("paper") or {})}
+    return [x for c in found for x in ([c, f"{c} (paper)"] if c in papered else [c])]
+
+
+def _cell(row: Row, column: str) -> str:
+    if column.endswith(" (paper)"):
+        value = (row.get("paper") or {}).get(column.removesuffix(" (paper)"))
+    else:
+        value = row.get(column)
+    if value is None:
+        return "–"
+    if isinstance(value, list | tuple):
+        return " … ".join("–" if v is None else f"{v:.2f}" for v in value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def agreement(rows: Sequence[Row]) -> dict[str, tuple[int, int, list[str]]]:
+    """Per data set: agreeing pairs, pairs, and the pairs whose order (by best) is not the paper's.
+
+    A pair the paper prints as equal ("Ours" for both variants) is not counted.
+    """
+    found: dict[str, tuple[int, int, list[str]]] = {}
+    for dataset in dict.fromkeys(r["dataset"] for r in rows if "dataset" in r):
+        known = [
+            r for r in rows
+            if r.get("dataset") == dataset and r.get("paper") and r.get("best") is not None
+        ]  # fmt: skip
+        agree, wrong = 0, []
+        for a, b in itertools.combinations(known, 2):
+            printed = a["paper"]["best"] - b["paper"]["best"]
+            if printed == 0:
+                continue
+            if printed * (a["best"] - b["best"]) > 0:
+                agree += 1
+            else:
+                wrong.append(f"{a['method']} / {b['method']}")
+        if agree or wrong:
+            found[dataset] = (agree, agree + len(wrong), wrong)
+    return found
+
+
+def falls(rows: Sequence[Row]) -> dict[tuple[str, str], float]:
+    """(data set, method) -> how far the curve ever is below its running best."""
+    drops: dict[tuple[str, str], float] = {}
+    for row in rows:
+        values = [v for v in row.get("curve", {}).values() if v is not None]
+        best = list(itertools.accumulate(values, max))
+        if values:
+            drops[row["dataset"], row["method"]] = max(
+                b - v for b, v in zip(best, values, strict=True)
+            )
+    return drops
+
+
+def write_report(out: Path) -> tuple[Path, Path]:
+    """`report.md` and `report.html` from the result files in `out`; figures inside the HTML.
+
+    Raises:
+        ConfigError: the folder has no results.
+    """
+    paths = sorted(p for p in out.glob("*-*.json") if p.is_file())
+    if not paths:
+        raise ConfigError(f"{out}: no results; run `python -m meta_trainer reproduce` first")
+    results = [json.loads(p.read_text(encoding="utf-8")) for p in paths]
+    figures = out / "figures"
+    figures.mkdir(exist_ok=True)
+    lines = ["# Experiments", ""]
+    for result in results:
+        lines += _section(result, out, figures)
+    lines += ["## Discrepancies in the paper", "", *(f"- {d}" for d in DISCREPANCIES), ""]
+    markdown = out / "report.md"
+    markdown.write_text("\n".join(lines), encoding="utf-8")
+    page = out / "report.html"
+    page.write_text(_html(lines, out), encoding="utf-8")
+    return page, markdown
+
+
+def _section(result: Mapping[str, Any], out: Path, figures: Path) -> list[str]:
+    target, budget, rows = result["target"], result["budget"], result["rows"]
+    lines = [
+        as_text(result),
+        "",
+        f"Steps to {budget['marks'][-1]} per task, {budget['batch'] or 'all'} coordinates per task "
+        f"and step for every method, {budget['seeds']} seeds, {budget['meta_steps']} meta-training "
+        f"steps, step sizes tried: {', '.join(map(str, budget['search']))} "
+        f"({budget['search_steps']} steps on validation signals). "
+        f"{result['wall_s']} s on {result['machine']}.",
+        "",
+    ]
+    for dataset, (agree, pairs, wrong) in agreement(rows).items():
+        lines.append(f"- {dataset}: {agree} of {pairs} pairs in the paper's order by best value"
+                     + (f"; not: {', '.join(wrong)}." if wrong else "."))  # fmt: skip
+    for (dataset, method), drop in falls(rows).items():
+        if drop > 0.2 and rows[0].get("metric") == "psnr":
+            lines.append(f"- {dataset}, {method}: falls {drop:.2f} dB below its running best.")
+    lines.append("")
+    if any("curve" in r for r in rows):
+        path = figures / f"{target}-{budget['name']}.png"
+        _plot(rows, path)
+        lines += [f"![{target}]({path.relative_to(out)})", ""]
+    if target in ("fig3", "fig4"):
+        lines += _panels(rows, out, figures / f"{target}-{budget['name']}-panels.png")
+    return lines
+
+
+def _plot(rows: Sequence[Row], path: Path) -> None:
+    """Quality against steps (log axis), one axis per data set, the paper's best as marks."""
+    from matplotlib.figure import Figure
+
+    datasets = list(dict.fromkeys(r["dataset"] for r in rows if "curve" in r))
+    figure = Figure(figsize=(5 * len(datasets), 4), layout="constrained")
+    for axis, dataset in zip(figure.subplots(1, len(datasets), squeeze=False)[0], datasets,
+                             strict=True):  # fmt: skip
+        for row in (r for r in rows if r["dataset"] == dataset and "curve" in r):
+            x = [int(k) for k in row["curve"]]
+            label = " ".join(str(row[k]) for k in ("method", "width", "tasks") if k in row)
+            (line,) = axis.plot(x, list(row["curve"].values()), marker=".", label=label)
+            if row["paper"]:
+                axis.plot(
+                    row["paper"]["best_step"], row["paper"]["best"], "x", color=line.get_color()
+                )
+        axis.set_xscale("log", base=2)
+        axis.set(title=dataset, xlabel="steps per task", ylabel=row_label(rows, dataset))
+        axis.legend(fontsize=6)
+    figure.savefig(path, dpi=110)
+
+
+def row_label(rows: Sequence[Row], dataset: str) -> str:
+    """The axis label with its unit."""
+    metric = next(r["metric"] for r in rows if r["dataset"] == dataset)
+    return "PSNR (dB)" if metric == "psnr" else str(metric).upper()
+
+
+def _panels(rows: Sequence[Row], out: Path, path: Path) -> list[str]:
+    """Truth and each method's reconstructions at every mark, one row per method."""
+    from matplotlib.figure import Figure
+    from matplotlib.image import imread
+
+    shown = [r for r in rows if r.get("panel") and (out / "panels" / r["panel"]).is_dir()]
+    if not shown:
+        return []
+    marks = [*shown[0]["curve"], "truth"]
+    figure = Figure(figsize=(1.5 * len(marks), 1.7 * len(shown)), layout="constrained")
+    axes = figure.subplots(len(shown), len(marks), squeeze=False)
+    for row, line in zip(shown, axes, strict=True):
+        for mark, axis in zip(marks, line, strict=True):
+            axis.imshow(imread(out / "panels" / row["panel"] / f"{mark}.png"))
+            axis.set(xticks=[], yticks=[])
+            axis.set_title(f"{row['method']}\n{mark}", fontsize=6)
+    figure.savefig(path, dpi=110)
+    return [f"![panels]({path.relative_to(out)})", ""]
+
+
+def _html(lines: Sequence[str], out: Path) -> str:
+    """The Markdown lines as one page without other files: pictures are embedded."""
+    body = io.StringIO()
+    text = [part for line in lines for part in line.split("\n")]
+    for kind, group in itertools.groupby(text, key=lambda part: part[:1]):
+        if kind == "|":
+            body.write(_html_table(list(group)))
+            continue
+        for part in group:
+            body.write(_html_line(part, out))
+    style = "body{font:14px sans-serif;margin:2em}td,th{padding:2px 8px;border:1px solid #ccc}"
+    style += "table{border-collapse:collapse}img{max-width:100%}"
+    return (
+        f"<!doctype html><meta charset='utf-8'><title>Experiments</title><style>{style}</style>"
+        f"{body.getvalue()}"
+    )
+
+
+def _html_table(lines: Sequence[str]) -> str:
+    cells = [[html.escape(c.strip()) for c in line.strip("|").split("|")] for line in lines]
+    head = "".join(f"<th>{c}</th>" for c in cells[0])
+    rest = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in r) + "</tr>" for r in cells[2:])
+    return f"<table><tr>{head}</tr>{rest}</table>"
+
+
+def _html_line(line: str, out: Path) -> str:
+    if line.startswith("!["):
+        name, path = line[2:-1].split("](")
+        data = base64.b64encode((out / path).read_bytes()).decode()
+        return f"<p><img alt='{html.escape(name)}' src='data:image/png;base64,{data}'></p>"
+    if line.startswith("#"):
+        level = len(line) - len(line.lstrip("#"))
+        return f"<h{level}>{html.escape(line.lstrip('# '))}</h{level}>"
+    return f"<p>{html.escape(line)}</p>" if line else ""

@@ -1,0 +1,230 @@
+"""The commands end to end at a tiny budget, the JSON contract, resuming, the report."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import soundfile
+
+from mclnf_edge.errors import CaptureError, ConfigError
+from meta_trainer import evaluate, reproduce
+from meta_trainer.report import agreement, as_text, falls, write_report
+from meta_trainer.reproduce import BUDGETS, TARGETS
+
+CONTRACT = {
+    "method",
+    "dataset",
+    "metric",
+    "step1",
+    "best",
+    "best_step",
+    "last",
+    "seeds",
+    "n",
+    "paper",
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny stand-ins: four pictures and four sounds, per split."""
+    base = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(1)
+    for split in ("train", "val"):
+        for k in range(4):
+            picture = base / "faces" / split / f"{k}.png"
+            sound = base / "speech" / split / f"{k}.wav"
+            for path in (picture, sound):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            small = rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)
+            cv2.imwrite(str(picture), cv2.resize(small, (178, 178)))
+            soundfile.write(sound, 0.2 * np.sin(np.arange(48_000) * 0.02 * (k + 1)), 16_000)
+    return base
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("results")
+
+
+def test_table_1_keeps_the_contract_and_repeats_itself(root: Path, out: Path) -> None:
+    first = reproduce.reproduce("table1", dataset="faces", root=root, out=out)
+    assert [r["method"] for r in first["rows"]] == list(reproduce.METHODS)
+    for row in first["rows"]:
+        assert set(row) >= CONTRACT
+        assert row["best"] == max(row["curve"].values()) >= row["last"]
+        assert row["curve"]["1"] == row["step1"] and row["n"] == row["seeds"] == 1
+        assert set(row["paper"]) == {"step1", "best", "best_step", "last"}
+    lines = (out / "runs.jsonl").read_text()
+    again = reproduce.reproduce("table1", dataset="faces", root=root, out=out)
+    assert again["rows"] == first["rows"] and (out / "runs.jsonl").read_text() == lines
+    assert json.loads((out / "table1-smoke.json").read_text())["rows"] == first["rows"]
+
+
+def test_a_fresh_folder_gives_identical_rows(root: Path, out: Path, tmp_path: Path) -> None:
+    kept = reproduce.reproduce("fig4", dataset="faces", root=root, out=out)
+    fresh = reproduce.reproduce("fig4", dataset="faces", root=root, out=tmp_path)
+    assert fresh["rows"] == kept["rows"]
+
+
+def test_a_crash_in_the_middle_of_a_line_costs_that_line_only(
+    root: Path, out: Path, tmp_path: Path
+) -> None:
+    whole = reproduce.reproduce("table1", dataset="faces", root=root, out=out)
+    lines = (out / "runs.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "runs.jsonl").write_text("".join(lines[:-1]) + lines[-1][:40])
+    again = reproduce.reproduce("table1", dataset="faces", root=root, out=tmp_path)
+    assert again["rows"] == whole["rows"]
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == len(lines)
+
+
+def test_other_targets(root: Path, out: Path) -> None:
+    for target, metric in (("table2", "ssim"), ("table3", "psnr")):
+        rows = reproduce.reproduce(target, dataset="faces", root=root, out=out)["rows"]
+        assert {r["metric"] for r in rows} == {metric} and all(r["paper"] for r in rows)
+    wide = reproduce.reproduce("table4", dataset="faces", root=root, out=out)["rows"]
+    assert [r["width"] for r in wide] == [8, 8, 16, 16]
+    many = reproduce.reproduce("table5", dataset="faces", root=root, out=out)["rows"]
+    assert [r["tasks"] for r in many] == [5, 5, 10, 10]
+    sums = reproduce.reproduce("table7", root=root, out=out)["rows"]
+    assert [r["parameters"] for r in sums] == [2_628_099, 2_637_836, 198_915, 201_228]
+    assert all(r["paper"]["parameters"] == r["parameters"] for r in sums[:2])
+
+
+def test_audio_is_measured_with_pesq(root: Path, out: Path) -> None:
+    pytest.importorskip("pesq", reason="the optional package pesq is not installed")
+    rows = reproduce.reproduce("table2", dataset="speech1", root=root, out=out)["rows"]
+    assert {r["metric"] for r in rows} == {"pesq"}
+    assert rows[0]["paper"]["best"] == 1.82
+
+
+def test_pesq_of_a_good_and_a_bad_copy(sample_data: Path) -> None:
+    pytest.importorskip("pesq", reason="the optional package pesq is not installed")
+    sound, _ = soundfile.read(next((sample_data / "speech" / "val").glob("*.wav")), dtype="float32")
+    noise = np.random.default_rng(0).normal(0, 0.02, sound.shape).astype(np.float32)
+    assert evaluate.pesq(sound, sound) > 4.5 > 2.5 > evaluate.pesq(sound + noise, sound)
+    assert math.isnan(evaluate.pesq(0 * sound, sound))
+
+
+def test_missing_pesq_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pesq", None)
+    with pytest.raises(ConfigError, match="pip install pesq"):
+        evaluate.pesq(np.ones(16_000), np.ones(16_000))
+
+
+def test_a_plain_folder_is_evaluated(root: Path, out: Path, tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "mine.png"), np.full((200, 220, 3), 90, np.uint8))
+    rows = reproduce.reproduce("fig4", dataset="faces", folder=tmp_path, root=root, out=out)["rows"]
+    assert [r["n"] for r in rows] == [1, 1]
+    with pytest.raises(ConfigError, match="--data needs --dataset"):
+        reproduce.reproduce("fig4", folder=tmp_path, root=root, out=out)
+
+
+def test_wrong_requests_are_named(root: Path, out: Path) -> None:
+    for args, message in (
+        ({"target": "table9"}, "unknown target 'table9'"),
+        ({"target": "table1", "budget": "huge"}, "unknown budget 'huge'"),
+        ({"target": "table1", "dataset": "celeb"}, "unknown data set 'celeb'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            reproduce.reproduce(root=root, out=out, **args)  # type: ignore[arg-type]
+    with pytest.raises(CaptureError, match="mmlab"):
+        reproduce.reproduce("table1", dataset="celeba", root=root, out=out)
+
+
+def test_cost_is_measured_in_a_process_of_its_own(root: Path, out: Path) -> None:
+    from meta_trainer.cost import measure_cost
+
+    job = reproduce.Job(BUDGETS["smoke"], root, out)
+    cost = measure_cost(job, reproduce.Setting("faces"), "Ours (mod)")
+    per_module = 2 * 8 + 8 + 3 * (64 + 8) + 8 * 3 + 3
+    assert cost["parameters"] == 4 * per_module and cost["steps"] == 4
+    assert 50 < cost["memory_mb"] < 5000 and cost["episodes_per_s"] > 0
+
+
+def test_search_takes_the_best_rate_and_shows_all() -> None:
+    import torch
+
+    from mclnf_edge.maths.fields import Siren
+    from meta_trainer.episodes import image_episode
+    from meta_trainer.methods import METHODS, Learning
+
+    field = Siren(2, 3, 16)
+    episode = image_episode("a", np.random.default_rng(0).random((8, 8, 3)))
+    rate, tried = evaluate.search_rate(
+        METHODS["OL"], field.init(torch.Generator().manual_seed(0)), [episode],
+        Learning(field), (1e-6, 1e-2, 1e9), 8, 0,
+    )  # fmt: skip
+    assert (
+        rate == 1e-2 and tried["0.01"] > tried["1e-06"] and set(tried) == {"1e-06", "0.01", "1e+09"}
+    )
+
+
+def test_bootstrap_interval_covers_the_mean() -> None:
+    values = np.random.default_rng(0).normal(30, 2, 50).tolist()
+    low, high = evaluate.bootstrap(values)
+    assert low < np.mean(values) < high
+    assert high - low == pytest.approx(2 * 1.96 * np.std(values) / 50**0.5, rel=0.1)
+    assert math.isnan(evaluate.bootstrap([1.0])[0])
+
+
+def test_agreement_and_falls_by_hand() -> None:
+    def row(method: str, best: float, paper: float, curve: list[float]) -> dict[str, object]:
+        marks = {str(2**k): v for k, v in enumerate(curve)}
+        return {"dataset": "d", "method": method, "best": best, "curve": marks,
+                "paper": {"best": paper}}  # fmt: skip
+
+    rows = [row("A", 30, 40, [20, 30]), row("B", 25, 35, [25, 22]), row("C", 28, 30, [28, 28])]
+    assert agreement(rows) == {"d": (2, 3, ["B / C"])}
+    assert falls(rows) == {("d", "A"): 0, ("d", "B"): 3, ("d", "C"): 0}
+
+
+def test_report_has_tables_curves_and_panels(root: Path, out: Path) -> None:
+    for target in ("table1", "fig4", "table7"):
+        reproduce.reproduce(target, dataset="faces", root=root, out=out)
+    page, markdown = write_report(out)
+    text = markdown.read_text()
+    assert "| faces | Ours (MIM) |" in text and "best (paper)" in text and "Discrepancies" in text
+    assert page.read_text().count("data:image/png;base64,") >= 3
+    with pytest.raises(ConfigError, match="no results"):
+        write_report(out / "figures")
+
+
+def test_text_of_a_result() -> None:
+    row = {
+        "method": "OL",
+        "dataset": "d",
+        "metric": "psnr",
+        "best": 12.345,
+        "paper": {"best": 20.0},
+    }
+    text = as_text({"target": "t", "budget": {"name": "smoke"}, "rows": [row]})
+    assert text.splitlines()[-1] == "| d | OL | psnr | 12.35 | 20 |"
+
+
+def test_budgets_and_targets_are_the_issues() -> None:
+    assert list(BUDGETS) == ["smoke", "cpu", "paper"]
+    assert BUDGETS["paper"].marks[-1] == 4096 and BUDGETS["cpu"].marks[-1] == 512
+    assert set(TARGETS) == {*(f"table{k}" for k in range(1, 8)), "fig2", "fig3", "fig4"}
+    job = reproduce.Job(BUDGETS["paper"], None, Path("x"))
+    mim = job.learning(reproduce.Setting("faces"), reproduce.METHODS["Ours (MIM)"])
+    mod = job.learning(reproduce.Setting("faces"), reproduce.METHODS["Ours (mod)"])
+    assert mim.rule.weighting == "diagonal" and mim.field == mod.field
+    assert replace(mim, rule=mod.rule) == mod
+
+
+def test_commands_report_errors_with_exit_code_2(tmp_path: Path) -> None:
+    repository = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "meta_trainer", "train", "--config", str(tmp_path / "no.yaml")],
+        cwd=repository, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2 and "ConfigError" in done.stderr and "Traceback" not in done.stderr
