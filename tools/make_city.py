@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +11,7 @@ import typer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mclnf_edge.errors import ConfigError  # noqa: E402
-from meta_trainer.city.write import DEMO, Request, frame_count, generate  # noqa: E402
+from meta_trainer.city.write import PRESETS, Request, frame_count, generate  # noqa: E402
 
 _DEFAULT = Request()
 
@@ -42,12 +41,14 @@ def main(
     altitude: Annotated[float, typer.Option(help="Metres above ground; 0 draws one.")] = 0.0,
     exposure_drift: Annotated[float, typer.Option(help="Brightness wander in stops.")] = 0.0,
     depth: Annotated[bool, typer.Option(help="Write depth beside the pictures.")] = True,
-    preset: Annotated[str, typer.Option(help="demo: the city of `make demo`.")] = "",
+    preset: Annotated[
+        str, typer.Option(help="demo (the city of `make demo`) or train (ten flights).")
+    ] = "",
 ) -> None:
     """Write a generated city with exact poses and depth."""
     try:
-        if preset not in ("", "demo"):
-            raise ConfigError(f"--preset: expected demo, received {preset!r}")
+        if preset and preset not in PRESETS:
+            raise ConfigError(f"--preset: expected {' or '.join(PRESETS)}, received {preset!r}")
         width, height = parse_size(size)
         request = Request(
             blocks=blocks,
@@ -63,14 +64,15 @@ def main(
             exposure_drift=exposure_drift,
             depth=depth,
         )
-        if preset:
-            request = replace(DEMO, seed=seed or DEMO.seed)
-        with typer.progressbar(length=frame_count(request), file=sys.stderr) as bar:
-            generate(out, request, lambda done, total, name: bar.update(1))
+        wanted = PRESETS[preset] if preset else {"": request}
+        total = sum(frame_count(r) for r in wanted.values())
+        with typer.progressbar(length=total, file=sys.stderr) as bar:
+            for folder, each in wanted.items():
+                generate(out / folder, each, lambda done, of, name: bar.update(1))
     except (ConfigError, OSError) as error:
         typer.echo(f"make_city: {error}", err=True)
         raise typer.Exit(2) from None
-    typer.echo(f"{frame_count(request)} frames in {out}")
+    typer.echo(f"{total} frames in {out}")
 
 
 if __name__ == "__main__":

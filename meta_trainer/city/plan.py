@@ -223,7 +223,7 @@ def make_light(rng: Rng) -> Light:
     clear = rng.uniform(0.4, 1.0)
     direct, diffuse = 3.1 * clear, 1.25 - 0.65 * clear
     # The camera's exposure makes up for most of a low sun or thin cloud.
-    gain = rng.uniform(2.2, 2.7) / (direct * np.sin(up) + diffuse)
+    gain = rng.uniform(1.9, 2.4) / (direct * np.sin(up) + diffuse)
     return Light(
         sun,
         sun_colour=gain * direct * np.array([1.0, 0.95, 0.86]),

@@ -71,6 +71,41 @@ DEMO: Final = Request(blocks=4, seed=7, flight=96, style="mixed", pattern="nadir
 """The small city of `make demo`: one flight of 96 frames over four blocks."""
 
 
+def _training(
+    number: int, style: str, pattern: Pattern, altitude_m: float, drift: float = 0.0
+) -> tuple[str, Request]:
+    request = Request(
+        blocks=9,
+        seed=100 + number,
+        flight=40,
+        style=style,
+        pattern=pattern,
+        altitude_m=altitude_m,
+        exposure_drift=drift,
+    )
+    return f"flight_{number:02d}_{style}", request
+
+
+PRESETS: Final[dict[str, dict[str, Request]]] = {
+    "demo": {"": DEMO},
+    "train": dict(
+        [
+            _training(0, "estate", "mixed", 110.0),
+            _training(1, "suburb", "nadir", 90.0),
+            _training(2, "centre", "mixed", 140.0, 0.15),
+            _training(3, "village", "nadir", 130.0),
+            _training(4, "mixed", "oblique", 80.0),
+            _training(5, "works", "mixed", 120.0, 0.15),
+            _training(6, "estate", "oblique", 150.0),
+            _training(7, "suburb", "mixed", 60.0),
+            _training(8, "village", "mixed", 190.0, 0.15),
+            _training(9, "mixed", "mixed", 100.0),
+        ]
+    ),
+}
+"""Named sets: a folder below OUT ("" for OUT itself) for each request."""
+
+
 def generate(out: Path, request: Request, progress: Progress | None = None) -> Path:
     """Make the city of `request` under `out`; returns the folder. Raises ConfigError.
 
@@ -78,9 +113,8 @@ def generate(out: Path, request: Request, progress: Progress | None = None) -> P
     """
     check(request)
     out.mkdir(parents=True, exist_ok=True)
-    _claim(out, request)
-    rows, columns = grid(request.blocks)
-    plan = make_plan(request.seed, rows, columns, request.style)
+    plan = make_plan(request.seed, *grid(request.blocks), request.style)
+    _claim(out, request, [b.name for b in plan.blocks if b.surveyed])
     tell = progress or (lambda done, total, name: None)
     if request.flight:
         _write_flight(out, request, plan, tell)
@@ -136,10 +170,9 @@ def meta_split(names: list[str], seed: int) -> tuple[list[str], list[str]]:
     return [names[k] for k in chosen], [n for k, n in enumerate(names) if k not in chosen]
 
 
-def _claim(out: Path, request: Request) -> None:
+def _claim(out: Path, request: Request, names: list[str]) -> None:
     """Write `city.json`, or see that the one there asks for the same."""
     rows, columns = grid(request.blocks)
-    names = [f"block_{k}" for k in range(rows * columns)]
     train, test = meta_split(names, request.seed)
     content = {
         "generator": "mclnf-edge city",
