@@ -152,6 +152,9 @@ class Spool:
             self._open = os.open(self._path(segment), flags, 0o600)
             self._sync_folder()
         except OSError as error:
+            self._close_segment()
+            with contextlib.suppress(OSError):
+                self._path(segment).unlink()
             raise DiskFull(f"spool {self.folder}: {error}") from error
         self._sizes[segment] = 0
         return segment

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mclnf_edge.errors import ProtocolError
-from mclnf_edge.types import Render
+from mclnf_edge.types import Camera, Render
 from mclnf_edge.wire.messages import PlaneType, RenderReply
 
 _DTYPES: dict[PlaneType, str] = {"float32": "<f4", "float16": "<f2"}
@@ -34,12 +34,16 @@ def unpack_plane(data: bytes, kind: PlaneType, height: int, width: int) -> npt.N
 
 
 def render_of(reply: RenderReply) -> Render:
-    """The `Render` in `reply`. A plane that was not asked for is all NaN."""
-    height, width = reply.height, reply.width
+    """The `Render` in `reply`. A plane that was not asked for is all NaN.
+
+    Raises ProtocolError when picture or planes are not what their sizes say.
+    """
+    rgb = _picture(reply)  # checks the size before planes of that size are made
+    height, width = rgb.shape[:2]
     absent = np.full((height, width), np.nan, np.float32)
     depth, known = reply.depth, reply.known
     return Render(
-        rgb=_picture(reply),
+        rgb=rgb,
         depth=absent if depth is None else unpack_plane(depth, reply.depth_type, height, width),
         known=absent if known is None else unpack_plane(known, reply.known_type, height, width),
         map_version=reply.map_version,
@@ -48,16 +52,10 @@ def render_of(reply: RenderReply) -> Render:
 
 
 def _picture(reply: RenderReply) -> npt.NDArray[np.uint8]:
-    shape = (reply.height, reply.width, 3)
-    if reply.encoding == "raw":
-        raw = np.frombuffer(reply.data, np.uint8)
-        if raw.size != np.prod(shape):
-            raise ProtocolError(f"render: expected {shape} raw bytes, received {raw.size}")
-        return raw.reshape(shape)
-    import cv2  # only who looks at pictures needs OpenCV
+    if reply.encoding == "wav":
+        raise ProtocolError("render: expected a picture, received sound")
+    from mclnf_edge.images import decode_image  # only who looks at pictures needs OpenCV
 
-    decoded = cv2.imdecode(np.frombuffer(reply.data, np.uint8), cv2.IMREAD_COLOR)
-    if decoded is None or decoded.shape != shape:
-        received = None if decoded is None else decoded.shape
-        raise ProtocolError(f"render: expected a picture of shape {shape}, received {received}")
-    return np.ascontiguousarray(decoded[:, :, ::-1])
+    width, height = reply.width, reply.height
+    frame = Camera(width, height, width, width, width / 2, height / 2)
+    return decode_image(reply.data, reply.encoding, frame)
