@@ -123,31 +123,26 @@ def hedge(mesh: Builder, frame: Frame, length: float, height: float, rng: Rng) -
 
 
 def car(mesh: Builder, frame: Frame, rng: Rng) -> None:
-    """A car or van along u: body, glazed cabin, roof, dark wheels' band."""
+    """A car or van along u: dark wheels' band, body, glazed cabin, roof."""
     paint = pick(rng, CARS, 0.15)
-    if rng.random() < 0.12:
-        size = (2.6, 0.98)
-        box(mesh, frame, size, (0.25, 2.2), PAINT, PAINT, 1, paint)
-        return
-    length, width = rng.uniform(1.9, 2.35), rng.uniform(0.84, 0.92)
-    box(
-        mesh, frame, (length * 0.97, width * 0.97), (0.0, 0.32), PLAIN, PLAIN, 1, (0.02, 0.02, 0.02)
-    )
-    box(mesh, frame, (length, width), (0.3, 0.85), PAINT, PAINT, 1, paint)
-    back, front = -0.85 * length, 0.45 * length
+    van = rng.random() < 0.12
+    length = float(rng.uniform(2.4, 2.8) if van else rng.uniform(1.9, 2.35))
+    width = float(rng.uniform(0.84, 0.95))
+    waist, top = (1.25, 2.05) if van else (0.85, 1.45)
+    back, front = (-0.99, 0.75) if van else (-0.85, 0.45)
+    rear = 0.05 if van else 0.35
+    dark = (0.02, 0.02, 0.02)
+    box(mesh, frame, (length * 0.97, width * 0.97), (0.0, 0.32), PLAIN, PLAIN, 1, dark)
+    box(mesh, frame, (length, width), (0.3, waist), PAINT, PAINT, 1, paint)
+    back, front, narrow = back * length, front * length, 0.85 * width
     low = [(back, -width), (front, -width), (front, width), (back, width)]
-    narrow = 0.8 * width
-    high = [
-        (back + 0.35, -narrow),
-        (front - 0.75, -narrow),
-        (front - 0.75, narrow),
-        (back + 0.35, narrow),
-    ]
+    high = [(back + rear, -narrow), (front - 0.7, -narrow), (front - 0.7, narrow)]
+    high.append((back + rear, narrow))
     for k in range(4):
         n = (k + 1) % 4
-        side = [(*low[k], 0.85), (*low[n], 0.85), (*high[n], 1.45), (*high[k], 1.45)]
+        side = [(*low[k], waist), (*low[n], waist), (*high[n], top), (*high[k], top)]
         mesh.polygon(frame.at(side), GLASS, 1, (0.02, 0.022, 0.025))
-    mesh.polygon(frame.at([(*p, 1.45) for p in high]), PAINT, 1, paint)
+    mesh.polygon(frame.at([(*p, top) for p in high]), PAINT, 1, paint)
 
 
 def container(mesh: Builder, frame: Frame, rng: Rng) -> None:

@@ -16,15 +16,15 @@ from typer.testing import CliRunner
 from mclnf_edge.captures.matrixcity import open_matrixcity
 from mclnf_edge.captures.transforms import open_transforms
 from mclnf_edge.errors import ConfigError
-from mclnf_edge.types import Camera
+from mclnf_edge.types import Camera, Frame
 
 pytest.importorskip("numba")
 if importlib.util.find_spec("embreex") is None and importlib.util.find_spec("warp") is None:
     pytest.skip("neither embreex nor warp-lang is installed", allow_module_level=True)
 
 from meta_trainer.city import flights, ground  # noqa: E402
+from meta_trainer.city import mesh as city_mesh  # noqa: E402
 from meta_trainer.city.caster import EmbreeCaster, WarpCaster, make_caster  # noqa: E402
-from meta_trainer.city.mesh import Builder, Frame, box  # noqa: E402
 from meta_trainer.city.noise import fractal  # noqa: E402
 from meta_trainer.city.plan import make_plan  # noqa: E402
 from meta_trainer.city.render import City, build_city, depth_map, picture  # noqa: E402
@@ -64,6 +64,14 @@ def command() -> ModuleType:
     return module
 
 
+def far_depth(frame: Frame) -> float:
+    """The 90th percentile of a frame's z-depth in metres: the ground, when it looks down."""
+    assert frame.depth is not None
+    units = cv2.imdecode(np.frombuffer(frame.depth, np.uint8), cv2.IMREAD_UNCHANGED)
+    assert units is not None
+    return float(np.percentile(units.astype(np.float64), 90)) * frame.depth_scale_m
+
+
 def digests(folder: Path) -> dict[str, str]:
     files = (p for p in sorted(folder.rglob("*")) if p.is_file())
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
@@ -88,8 +96,7 @@ def test_flight_opens_as_a_capture_with_split_times_and_depth(flight: Path) -> N
     assert np.allclose(frames[3].T_world_camera, written[3]["transform_matrix"])
     assert frames[0].depth is not None
     assert frames[0].depth_scale_m == DEPTH_UNIT_M
-    metres = cv2.imdecode(np.frombuffer(frames[0].depth, np.uint8), cv2.IMREAD_UNCHANGED) * 0.01
-    assert abs(float(np.percentile(metres, 90)) - 70.0) < 12.0
+    assert abs(far_depth(frames[0]) - 70.0) < 12.0
 
 
 def test_stopped_run_goes_on_and_keeps_what_is_finished(flight: Path) -> None:
@@ -179,8 +186,7 @@ def test_matrixcity_blocks_open_in_metres_with_depth(tmp_path: Path) -> None:
     above = spot[2] - float(plan.height(spot[0], spot[1]))
     assert 70.0 < above < 90.0
     assert frames[0].depth is not None
-    units = cv2.imdecode(np.frombuffer(frames[0].depth, np.uint8), cv2.IMREAD_UNCHANGED)
-    assert abs(float(np.percentile(units, 90)) * frames[0].depth_scale_m - above) < 15.0
+    assert abs(far_depth(frames[0]) - above) < 15.0
 
 
 def test_street_cameras_stand_on_streets() -> None:
@@ -237,8 +243,10 @@ def test_texture_detail_finer_than_a_sample_fades() -> None:
 
 
 def scene() -> tuple[np.ndarray, np.ndarray]:
-    mesh = Builder()
-    box(mesh, Frame(0, 0, 0, 0.3), (2.0, 3.0), (0.0, 5.0), 4, 4, 1, (0.5, 0.5, 0.5))
+    mesh = city_mesh.Builder()
+    city_mesh.box(
+        mesh, city_mesh.Frame(0, 0, 0, 0.3), (2.0, 3.0), (0.0, 5.0), 4, 4, 1, (0.5, 0.5, 0.5)
+    )
     built = mesh.build()
     return built.vertices, built.faces
 
@@ -273,7 +281,7 @@ def test_both_casters_agree() -> None:
 )
 def test_wrong_values_are_named(change: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(change))):
-        check(Request(**{**FLIGHT.__dict__, **change}))  # type: ignore[arg-type]
+        check(Request(**{**FLIGHT.__dict__, **change}))
 
 
 def test_command_reports_mistakes_and_writes(command: ModuleType, tmp_path: Path) -> None:
