@@ -241,3 +241,15 @@ def test_settings_are_checked(tmp_path: Path) -> None:
     bad.write_text("- a\n")
     with pytest.raises(ConfigError, match=r"bad\.yaml: expected keys"):
         load_config(bad)
+
+
+def test_shipped_settings_are_valid_and_say_their_own_name() -> None:
+    folder = Path(__file__).resolve().parents[2] / "configs" / "meta"
+    files = sorted(folder.glob("*.yaml"))
+    assert len(files) >= 10
+    for path in files:
+        settings = load_config(path)
+        assert path.stem == f"{settings.dataset}-{settings.start}"
+        assert (settings.weighting == "diagonal") == (settings.start == "mim")
+        assert settings.width == (128 if settings.start in ("mod", "mim") else 256)
+        assert path.name in path.read_text()
