@@ -106,15 +106,19 @@ class Spool:
     def take(self) -> tuple[object, list[bytes]]:
         """A ticket for `done` and the next record not yet handed out.
 
-        Raises IndexError when `unread` is 0, StoreError when the record was damaged meanwhile.
+        Raises IndexError when `unread` is 0, StoreError when the record was damaged meanwhile: once,
+        the next call hands out the next record.
         """
         record = self._kept[self._next]
         with self._path(record.segment).open("rb") as file:
             file.seek(record.offset)
             parts = _unpack(file.read(record.size))
-        if parts is None:
-            raise StoreError(f"{self._path(record.segment)}: record at {record.offset} is damaged")
         self._next += 1
+        if parts is None:
+            self.damaged += 1
+            self.done(record)
+            where = f"{self._path(record.segment)}: record at {record.offset}"
+            raise StoreError(f"{where}: damaged since it was written, given up")
         return record, parts
 
     def done(self, ticket: object) -> None:
