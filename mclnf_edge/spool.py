@@ -106,8 +106,8 @@ class Spool:
     def take(self) -> tuple[object, list[bytes]]:
         """A ticket for `done` and the next record not yet handed out.
 
-        Raises IndexError when `unread` is 0, StoreError when the record was damaged meanwhile: once,
-        the next call hands out the next record.
+        Raises IndexError when `unread` is 0, StoreError when the record was damaged meanwhile:
+        once, the next call hands out the next record.
         """
         record = self._kept[self._next]
         with self._path(record.segment).open("rb") as file:
@@ -234,6 +234,8 @@ def _record_size(data: bytes, offset: int) -> int | None:
 
 def _unpack(record: bytes) -> list[bytes] | None:
     """The parts of one record, None when its checksum does not match."""
+    if len(record) < _HEAD.size:
+        return None
     _, length, checksum = _HEAD.unpack_from(record)
     payload = record[_HEAD.size :]
     if len(payload) != length or zlib.crc32(payload) != checksum:

@@ -153,11 +153,13 @@ def test_flipped_bit_is_found_counted_and_set_aside(tmp_path: Path) -> None:
     again.close()
 
 
-def test_damage_while_open_is_an_error_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept", [5, 20, -1])
+def test_damage_while_open_is_an_error_once(tmp_path: Path, kept: int) -> None:
     spool = Spool(tmp_path)
     spool.append([record(1)])
     path = segments(tmp_path)[0]
-    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    data = path.read_bytes()
+    path.write_bytes(data[:kept] + bytes([255]) * len(data[kept:]))
     spool.append([record(2)])
     with pytest.raises(StoreError, match="record at 0: damaged since it was written"):
         spool.take()
