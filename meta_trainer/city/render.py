@@ -212,6 +212,15 @@ def _sky_share(x: float, y: float, above: float, maps: Array, low: Array) -> flo
 
 
 @njit(cache=True)
+def _relief_at(x: float, y: float, relief: Array) -> float:
+    """Ground height, as `Plan.height`."""
+    total = 0.0
+    for w in range(len(relief)):
+        total += relief[w, 3] * math.sin(relief[w, 0] * x + relief[w, 1] * y + relief[w, 2])
+    return total
+
+
+@njit(cache=True)
 def _sky(dz: float, sky: Array) -> RGB:
     """Radiance of the sky in a direction that climbs by dz."""
     t = min(1.0, max(0.0, dz)) ** 0.5
@@ -279,9 +288,7 @@ def _shade(
             v = dx * row[6] + dy * row[7] + dz * row[8]
             b = (row[14], row[15], row[16])
             albedo, mirror = surface(kind, u, v, row[9], row[10], seeds[p], foot, a, b)
-        above = z
-        for w in range(len(relief)):
-            above -= relief[w, 3] * math.sin(relief[w, 0] * x + relief[w, 1] * y + relief[w, 2])
+        above = 0.0 if kind == GROUND_PATCH else z - _relief_at(x, y, relief)
         cosine = n[0] * sun[0] + n[1] * sun[1] + n[2] * sun[2]
         if kind == LEAF:
             cosine = (cosine + 0.35) / 1.35
