@@ -36,7 +36,9 @@ def train(
 
 @app.command()
 def reproduce(
-    target: Annotated[str, typer.Argument(help="table1 ... table7, fig2, fig3, fig4, or all.")],
+    target: Annotated[
+        str, typer.Argument(help="table1 ... table7, fig2, fig3, fig4, controls, or all.")
+    ],
     budget: Annotated[str, typer.Option(help="smoke, cpu or paper.")] = "smoke",
     dataset: Annotated[
         str | None, typer.Option(help="One data set (default: all there are).")

@@ -48,8 +48,8 @@ def _table(result: Mapping[str, Any]) -> Iterator[str]:
 def _columns(rows: Sequence[Row]) -> list[str]:
     """Columns that some row has, our figure followed by the paper's."""
     order = (
-        "dataset", "method", "width", "tasks", "metric", "step1", "best", "best_step", "last",
-        "parameters", "memory_mb", "episodes_per_s", "psnr", "interval", "forgetting", "transfer",
+        "dataset", "method", "lam", "width", "tasks", "metric", "step1", "best", "best_step",
+        "last", "parameters", "memory_mb", "episodes_per_s", "psnr", "interval", "forgetting", "transfer",
         "rate", "seeds", "n",
     )  # fmt: skip
     found = [c for c in order if any(c in row for row in rows)]

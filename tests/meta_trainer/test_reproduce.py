@@ -99,6 +99,19 @@ def test_other_targets(root: Path, out: Path) -> None:
     assert all(r["paper"]["parameters"] == r["parameters"] for r in sums[:2])
 
 
+def test_controls_sweep_lambda_and_start_alike(root: Path, out: Path) -> None:
+    rows = reproduce.reproduce("controls", dataset="faces", root=root, out=out)["rows"]
+    sweep = {r["method"]: r["best"] for r in rows if r["metric"] == "psnr-validation"}
+    tests = {r["method"]: r for r in rows if r["metric"] == "psnr"}
+    assert len(sweep) == 5 and set(tests) == {"none", *reproduce.CONTROLS}
+    lam = tests["diagonal"]["lam"]
+    assert sweep[f"lambda {lam:g}"] == max(sweep.values())
+    assert len({r["last"] for r in tests.values()}) == 7
+    assert len({r["rate"] for r in tests.values()}) == 1
+    mod = reproduce.reproduce("fig4", dataset="faces", root=root, out=out)["rows"][0]
+    assert tests["none"]["curve"] == mod["curve"]
+
+
 def test_audio_is_measured_with_pesq(root: Path, out: Path) -> None:
     pytest.importorskip("pesq", reason="the optional package pesq is not installed")
     rows = reproduce.reproduce("table2", dataset="speech1", root=root, out=out)["rows"]
@@ -213,7 +226,7 @@ def test_text_of_a_result() -> None:
 def test_budgets_and_targets_are_the_issues() -> None:
     assert list(BUDGETS) == ["smoke", "cpu", "paper"]
     assert BUDGETS["paper"].marks[-1] == 4096 and BUDGETS["cpu"].marks[-1] == 512
-    assert set(TARGETS) == {*(f"table{k}" for k in range(1, 8)), "fig2", "fig3", "fig4"}
+    assert set(TARGETS) == {*(f"table{k}" for k in range(1, 8)), "fig2", "fig3", "fig4", "controls"}
     job = reproduce.Job(BUDGETS["paper"], None, Path("x"))
     mim = job.learning(reproduce.Setting("faces"), reproduce.METHODS["Ours (MIM)"])
     mod = job.learning(reproduce.Setting("faces"), reproduce.METHODS["Ours (mod)"])
