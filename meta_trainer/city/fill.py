@@ -380,15 +380,15 @@ def _plant(site: Site, block: Block, rng: Rng) -> None:
         if block.use == "forest" or rng.random() < 0.35:
             x, y = rng.uniform((block.x0, block.y0), (block.x1, block.y1))
         else:
-            x, y = groups[int(rng.integers(len(groups)))] + rng.normal(0, 5.0, 2)
+            x, y = groups[int(rng.integers(len(groups)))] + rng.normal(0, 4.5, 2)
         small = 0.05 if block.use == "forest" else 0.35
-        low, high = (0.6, 1.5) if rng.random() < small else (2.0, 4.8)
+        low, high = (0.6, 1.5) if rng.random() < small else (2.0, 5.4)
         _try_tree(site, float(x), float(y), float(rng.uniform(low, high)), rng)
 
 
 def _try_tree(site: Site, x: float, y: float, radius: float, rng: Rng) -> None:
     frame = site.plan.frame(x, y, 0.0)
-    clear = (0.42 if site.kind(frame.x, frame.y) == g.FOREST_FLOOR else 0.55) * radius
+    clear = (0.42 if site.kind(frame.x, frame.y) == g.FOREST_FLOOR else 0.45) * radius
     if site.kind(frame.x, frame.y) in _GREEN and site.free(frame, (clear, clear)):
         tree(site.mesh, frame.x, frame.y, frame.z, radius, rng)
         site.mark(frame, (0.45 * radius, 0.45 * radius), 1.5 * radius)

@@ -34,8 +34,8 @@ CARS: tuple[Colour, ...] = (
 def tree(mesh: Builder, x: float, y: float, z: float, radius: float, rng: Rng) -> None:
     """A broad-leaved or coniferous tree: a trunk and a crown of a few hundred leaf clumps."""
     conifer = rng.random() < 0.15
-    tall = radius * (rng.uniform(2.6, 3.6) if conifer else rng.uniform(1.9, 2.6))
-    trunk = 0.12 * tall if conifer else 0.28 * tall
+    tall = radius * (rng.uniform(2.6, 3.6) if conifer else rng.uniform(1.6, 2.3))
+    trunk = (0.1 if conifer else 0.15) * tall
     place = Frame(x, y, z, rng.uniform(0, 3))
     box(mesh, place, (0.06 * radius,) * 2, (-1.0, 0.6 * tall), PLAIN, PLAIN, 1, BARK)
     centre = np.array([x, y, z])
