@@ -1,0 +1,211 @@
+"""What the client commands do, apart from parsing their flags and printing their reports."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from mclnf_edge.captures import (
+    Capture,
+    SplitFilter,
+    VideoSource,
+    load_camera,
+    open_capture,
+    open_video,
+    parse_views,
+)
+from mclnf_edge.client import Client
+from mclnf_edge.errors import CaptureError, ConfigError
+from mclnf_edge.report import PICTURES, write_bytes, write_depth, write_picture, write_video
+from mclnf_edge.types import Camera, Render, View
+from mclnf_edge.wire.messages import Ack, Progress, Quality, ReplyEncoding
+
+DEFAULT_SIZE: Final = (480, 360)
+DEFAULT_VIEW_DEG: Final = 60.0
+OUTCOMES: Final = ("accepted", "duplicate", "redundant", "rejected")
+_MAX_REASONS: Final = 100
+
+Size = tuple[int, int]
+
+
+def open_source(
+    source: str,
+    split: SplitFilter,
+    poses: Path | None,
+    camera: Path | None,
+    rate_hz: float | None,
+    **axes_and_times: Any,
+) -> Capture | VideoSource:
+    """A capture's split, or a video, camera or address with its pose and camera files.
+
+    `axes_and_times` are `open_video`'s. Raises CaptureError, or ConfigError when only one of
+    `poses` and `camera` is given.
+    """
+    if rate_hz is not None and not rate_hz > 0:
+        raise ConfigError(f"--rate: expected frames per second above 0, received {rate_hz}")
+    if poses is not None and camera is not None:
+        lens = load_camera(camera)
+        return open_video(source, poses, lens, rate_hz=rate_hz, **axes_and_times)
+    if poses is not None or camera is not None:
+        raise ConfigError("a video needs both --poses and --camera, received one")
+    if not Path(source).is_dir() and Path(source).suffix.lower() != ".json":
+        raise CaptureError(
+            f"{source}: no such capture folder (a video, camera index or address needs --poses "
+            "and --camera)"
+        )
+    capture = open_capture(source).split(split)
+    if not len(capture):
+        raise CaptureError(f"{source}: no frame of split {split!r}")
+    return capture
+
+
+def publish(
+    client: Client, source: Capture | VideoSource, stream: str | None, rate_hz: float | None
+) -> dict[str, Any]:
+    """Send every frame and wait for the answers; counts by outcome, refusals with reasons.
+
+    A capture keeps to `rate_hz`; a video was thinned to it when it was opened and keeps its pace.
+    """
+    rejections: list[dict[str, Any]] = []
+
+    def heard(ack: Ack) -> None:
+        if ack.status == "rejected" and len(rejections) < _MAX_REASONS:
+            rejections.append({"seq": ack.seq, "code": ack.code, "reason": ack.reason})
+
+    start = time.monotonic()
+    client.hello(stream=stream or source.name, world=source.world)
+    pace = rate_hz if isinstance(source, Capture) else None
+    counts = client.publish(source, rate_hz=pace, on_ack=heard)
+    report: dict[str, Any] = {"stream": client.stream, "session": client.session}
+    report |= {name: counts[name] for name in (*OUTCOMES, "spooled")}
+    report |= {"rejections": rejections, "seconds": round(time.monotonic() - start, 3)}
+    if isinstance(source, Capture):
+        return report | {"notes": source.notes}
+    gap_s = source.poses.largest_gap_s()
+    return report | {"notes": (), "skipped": dict(source.skipped), "largest_gap_s": gap_s}
+
+
+def wait_adapted(client: Client, say: Callable[[Progress], None]) -> float:
+    """Wait until the daemon has adapted and closed all it accepted; returns the seconds."""
+    start = time.monotonic()
+    for progress in client.drain():
+        say(progress)
+    return round(time.monotonic() - start, 3)
+
+
+def parse_size(text: str | None) -> Size | None:
+    """`WIDTHxHEIGHT` in pixels; raises ConfigError."""
+    if text is None:
+        return None
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise ConfigError(f"--size: expected WIDTHxHEIGHT in pixels, received {text!r}")
+    return int(width), int(height)
+
+
+def parse_span(text: str | None) -> tuple[float, float] | None:
+    """`START:END` in seconds; raises ConfigError."""
+    if text is None:
+        return None
+    try:
+        start, end = (float(part) for part in text.split(":"))
+    except ValueError:
+        start, end = 0.0, 0.0
+    if not (math.isfinite(end - start) and end > start):
+        raise ConfigError(f"--span: expected START:END in seconds, END later, received {text!r}")
+    return start, end
+
+
+def views_of(pose: str, camera: Path | None, size: Size | None) -> list[View]:
+    """The views asked for; bare numbers without a camera look DEFAULT_VIEW_DEG across."""
+    if camera is not None:
+        return parse_views(pose, load_camera(camera))
+    if "#" in pose or Path(pose).exists():
+        return parse_views(pose)
+    width, height = size or DEFAULT_SIZE
+    focal = width / 2 / math.tan(math.radians(DEFAULT_VIEW_DEG) / 2)
+    return parse_views(pose, Camera(width, height, focal, focal, width / 2, height / 2))
+
+
+def render_views(
+    client: Client,
+    views: list[View],
+    size: Size | None = None,
+    quality: Quality = "full",
+    out: Path | None = None,
+    depth: Path | None = None,
+) -> dict[str, Any]:
+    """Render and store every view: one picture, an mp4, or a folder of numbered PNGs.
+
+    `out` in .mp4 takes all views; otherwise it is a picture for one view and a folder for many,
+    as `depth` is. Returns `views` and the `files` written.
+    """
+    many = len(views) > 1
+    out = out or Path("render.mp4" if many else "render.png")
+    film = out.suffix.lower() == ".mp4"
+    if many and not film and out.suffix:
+        raise ConfigError(f"--out {out}: {len(views)} views need a name in .mp4 or a folder")
+    rows: list[dict[str, Any]] = []
+    files = [out] if film else []
+
+    def pictures() -> Iterator[npt.NDArray[np.uint8]]:
+        for i, view in enumerate(views):
+            rendered = client.render(view, *(size or (0, 0)), quality=quality)
+            rows.append(_facts(rendered))
+            if depth is not None:
+                files.append(depth / f"{i:06d}.png" if many else depth)
+                rows[-1]["depth_scale_m"] = write_depth(files[-1], rendered.depth)
+            yield rendered.rgb
+
+    if film:
+        write_video(out, pictures())
+        return {"views": rows, "files": files}
+    for i, rgb in enumerate(pictures()):
+        files.append(out / f"{i:06d}.png" if many else out)
+        write_picture(files[-1], rgb)
+    return {"views": rows, "files": files}
+
+
+def _facts(rendered: Render) -> dict[str, Any]:
+    height, width = rendered.rgb.shape[:2]
+    return {
+        "width": width,
+        "height": height,
+        "known": float(rendered.known.mean()),
+        "map_version": rendered.map_version,
+        "modules": rendered.modules,
+    }
+
+
+def render_signal(
+    client: Client,
+    time_s: float | None,
+    span_s: tuple[float, float] | None,
+    stream: str = "",
+    size: Size | None = None,
+    out: Path | None = None,
+) -> dict[str, Any]:
+    """Store the picture of a video at `time_s`, or the sound of `span_s` as WAV."""
+    sound = span_s is not None
+    out = out or Path("render.wav" if sound else "render.png")
+    encodings: Mapping[str, ReplyEncoding] = {".wav": "wav"} if sound else PICTURES
+    if out.suffix.lower() not in encodings:
+        raise ConfigError(f"--out {out}: expected a name in {' or '.join(encodings)}")
+    width, height = size or (0, 0)
+    reply = client.render_signal(
+        time_s=time_s,
+        span_s=span_s,
+        stream=stream,
+        width=width,
+        height=height,
+        encoding=encodings[out.suffix.lower()],
+    )
+    write_bytes(out, reply.data)
+    facts = {"width": reply.width, "height": reply.height, "rate_hz": reply.rate_hz}
+    return {"files": [out], "engine": reply.engine, "ms": reply.ms, **facts}
