@@ -169,6 +169,20 @@ def test_unanswered_bytes_stay_within_the_credit(make: Make) -> None:
         assert taken() == {"accepted": 40}
 
 
+def test_credit_in_an_answer_replaces_the_window(make: Make) -> None:
+    with EchoDaemon(credit_bytes=1 << 20) as daemon:
+        client = make(daemon.address, timeout_s=5)
+        client.hello()
+        daemon.credit_bytes = 1  # told with the next answer
+        client.publish(frames(1))
+        daemon.pause()
+        taken = in_background(lambda: client.publish(frames(10)[1:]))
+        time.sleep(0.2)
+        assert client.waiting == 1
+        daemon.resume()
+        assert taken() == {"accepted": 9}
+
+
 def test_frame_larger_than_the_credit_goes_alone(make: Make) -> None:
     with EchoDaemon(credit_bytes=1_000) as daemon:
         assert make(daemon.address).publish(frames(3, 4_000))["accepted"] == 3
@@ -340,6 +354,23 @@ def test_spooled_frames_outlive_the_process_and_keep_their_identity(
         names = [(session, seq) for session, _, seq in daemon.kept]
         expected = [("flight-1", i) for i in range(5)] + [("flight-2", i) for i in range(3)]
         assert names == expected
+
+
+def test_spooled_frames_that_were_sent_but_not_answered_go_again(
+    make: Make, tmp_path: Path
+) -> None:
+    with EchoDaemon() as daemon, TcpProxy(daemon.address) as proxy:
+        proxy.refuse = True
+        client = make(proxy.address, spool=tmp_path, timeout_s=0.2, give_up_s=0.5)
+        assert client.publish(frames(10))["spooled"] == 10
+        proxy.refuse, daemon.lose = False, 1_000
+        until(lambda: bool(client.status()) and len(daemon.kept) == 10)
+        proxy.black_hole = True
+        assert client.publish(frames(12)[10:])["spooled"] == 12
+        proxy.black_hole, daemon.lose = False, 0
+        until(lambda: bool(client.status()) and client.waiting == 0)
+        assert client.counts == {"duplicate": 10, "accepted": 2}
+        assert kept_seqs(daemon.kept) == list(range(12))
 
 
 def test_full_spool_refuses_the_new_frame_and_keeps_the_old(make: Make, tmp_path: Path) -> None:
