@@ -6,12 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
+import zmq
 
 import mclnf_edge.wire
 from mclnf_edge.daemon.security import ALLOWED, ROLES
 from mclnf_edge.wire import messages
 from mclnf_edge.wire.codec import decode, encode
 from mclnf_edge.wire.messages import MESSAGES, PROTOCOL
+from tests.wire.echo import EchoDaemon
 from tests.wire.examples import EXAMPLES, plain
 from tests.wire.golden import GOLDEN, PRESENT, load
 from tests.wire.schema import SECTIONS, rows
@@ -30,6 +32,22 @@ def test_present_bytes_are_the_golden_ones(name: str) -> None:
         "the format changed: raise PROTOCOL's minor, write its changelog line, then run "
         "`python -m tests.wire.golden`"
     )
+
+
+@pytest.mark.parametrize("folder", sorted(GOLDEN.iterdir()), ids=lambda folder: folder.name)
+def test_client_of_any_version_is_served(folder: Path) -> None:
+    """What a client of that version sends, byte for byte, to a daemon of today."""
+    context = zmq.Context[zmq.Socket[bytes]]()
+    with EchoDaemon() as daemon, context, context.socket(zmq.DEALER) as old:
+        old.linger = 0
+        old.connect(daemon.address)
+        for name in ("hello", "put-frame", "render", "status", "close-task", "drain"):
+            old.send_multipart(load(folder / f"{name}.bin"))
+        answered: set[str] = set()
+        while not {"acks", "progress"} <= answered:
+            assert old.poll(5_000), f"no more answers after {answered}"
+            answered.add(decode(old.recv_multipart()).tag)
+    assert answered == {"welcome", "acks", "render-reply", "status-reply", "closed", "progress"}
 
 
 def test_every_message_has_a_golden_one() -> None:
