@@ -5,14 +5,22 @@ from __future__ import annotations
 import multiprocessing
 import resource
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from mclnf_edge.maths.fields import count
 from meta_trainer.evaluate import measure
 from meta_trainer.methods import predict
-
-if TYPE_CHECKING:
-    from meta_trainer.reproduce import Job, Setting
+from meta_trainer.runs import (
+    Job,
+    Setting,
+    chosen_rate,
+    load_episode,
+    make_method,
+    start_params,
+    test_items,
+)
 
 STEPS = 128
 
@@ -22,8 +30,6 @@ def measure_cost(job: Job, setting: Setting, name: str) -> dict[str, Any]:
 
     The smaller of 128 and the budget's last mark is used and reported as `steps`.
     """
-    from meta_trainer.reproduce import chosen_rate, make_method, start_params
-
     method = make_method(name, setting)
     start_params(job, setting, method, 0)  # trained and searched here, not in the measured process
     rate, _ = chosen_rate(job, setting, name, method)
@@ -32,10 +38,6 @@ def measure_cost(job: Job, setting: Setting, name: str) -> dict[str, Any]:
 
 
 def _measure(job: Job, setting: Setting, name: str, rate: float) -> dict[str, Any]:
-    import torch
-
-    from meta_trainer.reproduce import load_episode, make_method, start_params, test_items
-
     method = make_method(name, setting)
     start = start_params(job, setting, method, 0)
     item = test_items(job, setting)[0]

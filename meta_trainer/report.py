@@ -49,8 +49,8 @@ def _columns(rows: Sequence[Row]) -> list[str]:
     """Columns that some row has, our figure followed by the paper's."""
     order = (
         "dataset", "method", "lam", "width", "tasks", "metric", "step1", "best", "best_step",
-        "last", "parameters", "memory_mb", "episodes_per_s", "psnr", "interval", "forgetting", "transfer",
-        "rate", "seeds", "n",
+        "last", "parameters", "memory_mb", "episodes_per_s", "psnr", "interval", "forgetting",
+        "transfer", "rate", "seeds", "n",
     )  # fmt: skip
     found = [c for c in order if any(c in row for row in rows)]
     papered = {k for row in rows for k in (row.get("paper") or {})}

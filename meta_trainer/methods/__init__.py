@@ -13,7 +13,7 @@ METHODS: dict[str, Method] = {
     "CL": Sequential("CL", "random"),
     "ER": Replay("ER"),
     "EWC": Ewc(),
-    "MER": Replay("MER", reptile=True, within=0.8, across=0.8),
+    "MER": Replay("MER", reptile=True, within=0.03),
     "MOL": Offline("MOL", "mol"),
     "MAML+CL": Sequential("MAML+CL", "maml-cl"),
     "OML": Sequential("OML", "oml", top=2),

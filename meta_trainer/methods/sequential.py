@@ -84,7 +84,7 @@ class Ewc:
     name: str = "EWC"
     start: str = "random"
     modules: int = 0
-    strength: float = 1e-3
+    strength: float = 3.0
     samples: int = 1024
 
     def learn(

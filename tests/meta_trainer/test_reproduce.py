@@ -17,7 +17,8 @@ import soundfile
 from mclnf_edge.errors import CaptureError, ConfigError
 from meta_trainer import evaluate, reproduce
 from meta_trainer.report import agreement, as_text, falls, write_report
-from meta_trainer.reproduce import BUDGETS, TARGETS
+from meta_trainer.reproduce import TARGETS
+from meta_trainer.runs import BUDGETS, Job, Setting
 
 CONTRACT = {
     "method",
@@ -156,8 +157,8 @@ def test_wrong_requests_are_named(root: Path, out: Path) -> None:
 def test_cost_is_measured_in_a_process_of_its_own(root: Path, out: Path) -> None:
     from meta_trainer.cost import measure_cost
 
-    job = reproduce.Job(BUDGETS["smoke"], root, out)
-    cost = measure_cost(job, reproduce.Setting("faces"), "Ours (mod)")
+    job = Job(BUDGETS["smoke"], root, out)
+    cost = measure_cost(job, Setting("faces"), "Ours (mod)")
     per_module = 2 * 8 + 8 + 3 * (64 + 8) + 8 * 3 + 3
     assert cost["parameters"] == 4 * per_module and cost["steps"] == 4
     assert 50 < cost["memory_mb"] < 5000 and cost["episodes_per_s"] > 0
@@ -227,9 +228,9 @@ def test_budgets_and_targets_are_the_issues() -> None:
     assert list(BUDGETS) == ["smoke", "cpu", "paper"]
     assert BUDGETS["paper"].marks[-1] == 4096 and BUDGETS["cpu"].marks[-1] == 512
     assert set(TARGETS) == {*(f"table{k}" for k in range(1, 8)), "fig2", "fig3", "fig4", "controls"}
-    job = reproduce.Job(BUDGETS["paper"], None, Path("x"))
-    mim = job.learning(reproduce.Setting("faces"), reproduce.METHODS["Ours (MIM)"])
-    mod = job.learning(reproduce.Setting("faces"), reproduce.METHODS["Ours (mod)"])
+    job = Job(BUDGETS["paper"], None, Path("x"))
+    mim = job.learning(Setting("faces"), reproduce.METHODS["Ours (MIM)"])
+    mod = job.learning(Setting("faces"), reproduce.METHODS["Ours (mod)"])
     assert mim.rule.weighting == "diagonal" and mim.field == mod.field
     assert replace(mim, rule=mod.rule) == mod
 

@@ -1,0 +1,242 @@
+"""Budgets, and the runs behind every table: each method on each signal, once.
+
+Every (method, signal, seed) is one line of `runs.jsonl` in the output folder, written when it is
+done; a command that was stopped goes on with the lines that are missing. Initializations are
+trained by `trainer` into `starts/` when they are not there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mclnf_edge.maths.adaptation import Rule, Weighting
+from mclnf_edge.maths.fields import Params, Siren
+from meta_trainer.config import TrainConfig
+from meta_trainer.data import DATASETS, Item, open_folder, open_items
+from meta_trainer.episodes import CUTTERS, Cut, Episode
+from meta_trainer.evaluate import (
+    run_signal,
+    search_rate,
+)
+from meta_trainer.methods import METHODS, Learning, Method
+from meta_trainer.trainer import load_init, train
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is computed. `batch` coordinates per task and step, alike for all methods (0: all);
+    `search` are the step sizes every method tries on validation signals for `search_steps`."""
+
+    name: str
+    marks: tuple[int, ...]
+    seeds: int
+    signals: int
+    batch: int
+    width: int
+    meta_steps: int
+    meta_batch: int
+    search: tuple[float, ...]
+    search_signals: int
+    search_steps: int
+    frames: int = 8
+
+
+def _doubling(last: int) -> tuple[int, ...]:
+    return tuple(2**k for k in range(last.bit_length()))
+
+
+_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
+BUDGETS = {
+    b.name: b
+    for b in (
+        Budget("smoke", (1, 2, 4), 1, 1, 64, 16, 2, 64, (1e-2,), 1, 2, frames=4),
+        Budget("cpu", _doubling(512), 3, 4, 256, 256, 1500, 512, _RATES, 2, 64),
+        Budget("paper", _doubling(4096), 3, 100, 0, 256, 500_000, 0, _RATES, 8, 256),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is compared on which signals; part of every run's key.
+
+    `weighting` and `lam` replace the method's own sample weights while it adapts.
+    """
+
+    dataset: str
+    folder: str | None = None
+    cut: Cut = "strips"
+    tasks: int = 4
+    widen: int = 1
+    weighting: Weighting | None = None
+    lam: float = 0.1
+
+
+@dataclass(frozen=True)
+class Job:
+    """Where and how much: budget, data root, output folder."""
+
+    budget: Budget
+    root: Path | None
+    out: Path
+
+    def field(self, setting: Setting, method: Method) -> Siren:
+        """The paper's network: half the width for modules, so that four weigh as much as one."""
+        d_in, d_out = {"image": (2, 3), "video": (3, 3), "audio": (1, 1)}[
+            DATASETS[setting.dataset].kind
+        ]
+        width = self.budget.width // 2 if method.modules else self.budget.width
+        return Siren(d_in, d_out, width * setting.widen)
+
+    def learning(self, setting: Setting, method: Method, rate: float = 1e-2) -> Learning:
+        """The steps of the comparison: plain gradient steps, FIM weights for MIM only."""
+        own: Weighting = "diagonal" if method.start == "mim" else "none"
+        rule = Rule(setting.weighting or own, lam=setting.lam)
+        return Learning(self.field(setting, method), rate, rule, self.budget.batch)
+
+
+def start_params(job: Job, setting: Setting, method: Method, seed: int) -> Params:
+    """Random parameters of this seed, or the learned start, trained now if it is not there."""
+    field = job.field(setting, method)
+    if method.start == "random":
+        return field.init(torch.Generator().manual_seed(seed))
+    config = start_config(job, setting, method)
+    path = Path(config.out) / "init.pt"
+    if not path.is_file():
+        train(config, job.root)
+    params: Params = load_init(path)["params"]
+    return params
+
+
+def start_config(job: Job, setting: Setting, method: Method) -> TrainConfig:
+    """The meta-training behind a learned start; one per data set, cut, tasks and width."""
+    field, budget = job.field(setting, method), job.budget
+    name = f"{setting.dataset}-{method.start}-{setting.cut}-{setting.tasks}-{field.width}"
+    return TrainConfig(
+        dataset=setting.dataset,
+        start=method.start,  # type: ignore[arg-type]
+        out=str(job.out / "starts" / budget.name / name),
+        width=field.width,
+        tasks=setting.tasks,
+        cut=setting.cut,
+        outer_steps=budget.meta_steps,
+        batch=budget.meta_batch,
+        query=budget.meta_batch,
+        frames=max(budget.frames, setting.tasks),
+        weighting="diagonal" if method.start == "mim" else "none",
+    )
+
+
+def make_method(name: str, setting: Setting) -> Method:
+    """The method with one module per task where it is modular."""
+    method = METHODS[name]
+    if method.modules:
+        method = replace(method, modules=setting.tasks)  # type: ignore[type-var]
+    return method
+
+
+def load_episode(item: Item, setting: Setting, budget: Budget) -> Episode:
+    """A signal cut into this setting's tasks."""
+    item = replace(item, shape=replace(item.shape, frames=max(budget.frames, setting.tasks)))
+    return CUTTERS[item.kind](item.name, item.load(), setting.tasks, setting.cut)
+
+
+def test_items(job: Job, setting: Setting) -> list[Item]:
+    """The signals that are measured: the first of the test split, or of the given folder."""
+    if setting.folder is not None:
+        found = open_folder(Path(setting.folder), setting.dataset)
+    else:
+        found = open_items(setting.dataset, "test", job.root)
+    return found[: job.budget.signals]
+
+
+def run_method(job: Job, setting: Setting, name: str) -> list[dict[str, Any]]:
+    """All records of one method, computing those that are not in `runs.jsonl`."""
+    held = {r["key"]: r for r in _lines(job.out / "runs.jsonl")}
+    method, records = make_method(name, setting), []
+    for item in test_items(job, setting):
+        for seed in range(job.budget.seeds):
+            key = run_key(job.budget, setting, name, item, seed)
+            if key not in held:
+                held[key] = {"key": key, **_compute(job, setting, name, method, item, seed, key)}
+                _append(job.out / "runs.jsonl", held[key])
+            records.append(held[key])
+    return records
+
+
+def run_key(budget: Budget, setting: Setting, name: str, item: Item, seed: int) -> str:
+    """Names a run by everything that decides its result but the code."""
+    parts = [dataclasses.asdict(budget), dataclasses.asdict(setting), name, str(item.path), seed]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def chosen_rate(
+    job: Job, setting: Setting, name: str, method: Method
+) -> tuple[float, dict[str, float]]:
+    """This method's step size from the validation signals; kept in `rates.jsonl`.
+
+    A budget with one step size has nothing to search.
+    """
+    if len(job.budget.search) == 1:
+        return job.budget.search[0], {}
+    alone = replace(setting, folder=None, weighting=None, lam=0.1)  # one rate for all controls
+    parts = [dataclasses.asdict(job.budget), dataclasses.asdict(alone), name]
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    for line in _lines(job.out / "rates.jsonl"):
+        if line["key"] == key:
+            return line["rate"], line["tried"]
+    items = open_items(setting.dataset, "val", job.root)[: job.budget.search_signals]
+    rate, tried = search_rate(
+        method,
+        start_params(job, setting, method, 0),
+        [load_episode(i, setting, job.budget) for i in items],
+        job.learning(setting, method),
+        job.budget.search,
+        job.budget.search_steps,
+        0,
+    )
+    line = {"key": key, "method": name, "dataset": setting.dataset, "rate": rate, "tried": tried}
+    _append(job.out / "rates.jsonl", line)
+    return rate, tried
+
+
+def _compute(
+    job: Job, setting: Setting, name: str, method: Method, item: Item, seed: int, key: str
+) -> dict[str, Any]:
+    rate, _ = chosen_rate(job, setting, name, method)
+    first = seed == 0 and item.name == test_items(job, setting)[0].name
+    record = run_signal(
+        method,
+        start_params(job, setting, method, seed),
+        load_episode(item, setting, job.budget),
+        item.kind,
+        job.budget.marks,
+        job.learning(setting, method, rate),
+        seed,
+        job.out / "panels" / key if first else None,
+    )
+    what = {"method": name, "signal": item.name, "seed": seed, "rate": rate, "first": first}
+    return {**what, **dataclasses.asdict(setting), "budget": job.budget.name, **record}
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Whole lines of a JSONL file; a last one cut off by a crash is left out."""
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.split("\n")[:-1] if line]
+
+
+def _append(path: Path, record: dict[str, Any]) -> None:
+    """Append one whole line, after cutting off what a crash left unfinished."""
+    if path.is_file() and not (raw := path.read_bytes()).endswith(b"\n"):
+        path.write_bytes(raw[: raw.rfind(b"\n") + 1])
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
