@@ -188,8 +188,12 @@ class Database:
             if wal.exists():
                 write_durably(wal, wal.read_bytes(), self._files)
             self._close()
-            self._connection = self._open()
             self._failure = ""
+            try:
+                self._connection = self._open()
+            except BaseException as error:
+                self._failure = f"reopening: {error}"
+                raise
 
     def close(self) -> None:
         """Close the handle."""

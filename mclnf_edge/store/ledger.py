@@ -226,13 +226,13 @@ class Ledger:
     def module(self, module: str, version: int | None = None) -> ModuleRecord:
         """One version, by default the newest that is not quarantined; raises StoreError."""
         if version is None:
-            condition, values = "state = 'closed'", (module,)
+            condition = "state = 'closed' AND ? IS NULL"
         else:
-            condition, values = "version = ?", (module, version)
+            condition = "version = ?"
         rows = self.database.rows(
             f"SELECT {_MODULE_COLUMNS} FROM modules WHERE id = ? AND {condition} "
             "ORDER BY version DESC LIMIT 1",
-            values,
+            (module, version),
         )
         if not rows:
             what = "any sound version" if version is None else f"version {version}"
