@@ -37,6 +37,8 @@ class Record:
     timestamp: float | None = None
     split: Split | None = None
     exposure: float | None = None
+    height_m: float | None = None
+    task: str | None = None
     depth: Callable[[], tuple[bytes, float]] | None = None
     mask: Callable[[], bytes] | None = None
     meta: dict[str, Any] = field(default_factory=dict)
@@ -226,7 +228,9 @@ def read_frame(record: Record) -> Frame:
         T_world_camera=record.T_world_camera,
         name=record.name,
         split=record.split or "train",
+        task=record.task,
         exposure=exposure,
+        height_m=record.height_m,
         depth=depth,
         depth_scale_m=depth_scale_m,
         mask=mask,

@@ -17,6 +17,7 @@ from mclnf_edge.captures.capture import Capture, Record, make_capture
 from mclnf_edge.errors import CaptureError, FrameRejected
 from mclnf_edge.geometry import (
     check_camera,
+    check_pose,
     convert_axes,
     invert_pose,
     pose_from,
@@ -145,7 +146,8 @@ def _image_folder(model: Path, images: list[_Image]) -> Path:
 def _pose(quaternion_wxyz: list[float], translation: list[float], where: str) -> Matrix4:
     w, x, y, z = quaternion_wxyz
     try:
-        world_to_camera = pose_from(quaternion_to_matrix([x, y, z, w]), translation)
+        rotation = quaternion_to_matrix([x, y, z, w])
+        world_to_camera = check_pose(pose_from(rotation, translation), "world-to-camera pose")
     except FrameRejected as error:
         raise CaptureError(f"{where}: {error}") from None
     return convert_axes(invert_pose(world_to_camera), camera_axes="opencv")

@@ -30,6 +30,8 @@ _HANDLED: Final = INTRINSIC_KEYS | {
     "timestamp",
     "split",
     "exposure",
+    "height_m",
+    "task",
     "depth_file_path",
     "depth_path",
     "mask_path",
@@ -40,10 +42,10 @@ def open_transforms(path: Path) -> Capture:
     """Open a `transforms.json`, or all of `transforms_{train,val,test}.json` of a folder.
 
     Per frame, beside the usual keys: `split`, `timestamp` (s), `exposure` (relative brightness,
-    any common scale), `gps` and others kept in `meta`. Top level: `crs` names the world frame,
-    either "EPSG:<code>" or {"type": "ENU", "origin_lat", "origin_lon", "origin_alt"} or
-    {"type": "EPSG:<code>", "origin": [easting, northing, height]}; without it the frame is
-    anonymous. Raises CaptureError.
+    any common scale), `height_m` (camera above ground), `task` (its name), `gps` and others kept in
+    `meta`. Top level: `crs` names the world frame, either "EPSG:<code>" or {"type": "ENU",
+    "origin_lat", "origin_lon", "origin_alt"} or {"type": "EPSG:<code>", "origin": [easting,
+    northing, height]}; without it the frame is anonymous. Raises CaptureError.
     """
     files = transforms_files(path)
     records: list[Record] = []
@@ -185,6 +187,8 @@ def _read_record(
         timestamp=number(frame, "timestamp", where) if "timestamp" in frame else None,
         split=_split(frame, listed.get(file_path) or split_of_file(file), where),
         exposure=_exposure(frame, where),
+        height_m=number(frame, "height_m", where) if "height_m" in frame else None,
+        task=_task(frame, where),
         depth=_depth_reader(file, content, frame),
         mask=_mask_reader(file, frame),
         meta={**shared, **{k: v for k, v in frame.items() if k not in _HANDLED}},
@@ -201,6 +205,13 @@ def _split(frame: Mapping[str, Any], fallback: Split | None, where: str) -> Spli
     if split not in (*_SPLIT_NAMES, None):
         raise CaptureError(f"{where}: expected split train, val or test, received {split!r}")
     return cast("Split | None", split)
+
+
+def _task(frame: Mapping[str, Any], where: str) -> str | None:
+    task = frame.get("task")
+    if task is not None and not (isinstance(task, str) and task):
+        raise CaptureError(f"{where}: expected the name of a task under 'task', received {task!r}")
+    return task
 
 
 def _exposure(frame: Mapping[str, Any], where: str) -> float | None:

@@ -65,13 +65,21 @@ def test_per_frame_fields(content: dict, opened) -> None:
         gps={"lat": 1.0},
         exposure_gain=[1.1, 1.0, 0.9],
         exposure=0.25,
+        height_m=81.5,
+        task="yard",
         fl_x=40.0,
     )
     for i, other in enumerate(content["frames"][1:]):
         other.update(split="test" if i == 3 else "train", timestamp=13.0 + i)
     capture = opened(content)
     first = capture.frames[0]
-    assert (first.split, first.timestamp, first.exposure, first.camera.fx) == ("val", 12.5, 0.25, 40)
+    assert (first.split, first.timestamp, first.exposure, first.camera.fx) == (
+        "val",
+        12.5,
+        0.25,
+        40,
+    )
+    assert (first.height_m, first.task) == (81.5, "yard")
     assert first.meta["gps"] == {"lat": 1.0}
     assert first.meta["exposure_gain"] == [1.1, 1.0, 0.9]
     assert capture.frames[1].exposure is None
@@ -101,9 +109,7 @@ def test_poses_are_as_written_whatever_was_applied_to_them(content: dict, opened
     content.update(applied_transform=applied, applied_scale=0.1, scale=0.33, offset=[0.5] * 3)
     content["orientation_override"] = "up"
     capture = opened(content)
-    assert all(
-        np.array_equal(f.T_world_camera, b) for f, b in zip(capture, before, strict=True)
-    )
+    assert all(np.array_equal(f.T_world_camera, b) for f, b in zip(capture, before, strict=True))
     assert capture.frames[0].meta["applied_transform"] == applied
     assert "applied_scale is kept in meta, not applied" in capture.notes
 
@@ -218,6 +224,8 @@ def test_missing_focal_length_is_named(content: dict, opened) -> None:
         ({"split": "dev"}, "'dev'"),
         ({"timestamp": "noon"}, "'timestamp'"),
         ({"exposure": -1.0}, "positive exposure"),
+        ({"height_m": "high"}, "'height_m'"),
+        ({"task": 7}, "name of a task"),
     ],
 )
 def test_unusable_frames_are_named(content: dict, opened, change: dict, message: str) -> None:
