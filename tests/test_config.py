@@ -45,10 +45,10 @@ def test_none_and_an_empty_file_are_the_defaults(tmp_path: Path) -> None:
 
 
 def test_a_file_changes_only_what_it_names(tmp_path: Path) -> None:
-    path = write(tmp_path, "map:\n  cell_size_m: 40\nadapt: {steps: 7}\n")
+    path = write(tmp_path, "map:\n  cell_size_m: 40\nadapt: {rays_per_step: 7}\n")
     config = load_config(path)
     assert config.map.cell_size_m == 40.0 and isinstance(config.map.cell_size_m, float)
-    assert config.adapt == dataclasses.replace(AdaptConfig(), steps=7)
+    assert config.adapt == dataclasses.replace(AdaptConfig(), rays_per_step=7)
     assert config.wire == ServeConfig().wire
 
 
@@ -57,10 +57,19 @@ def test_a_file_changes_only_what_it_names(tmp_path: Path) -> None:
     [
         ("map:\n  cel_size_m: 3\n", ":2: unknown key map.cel_size_m; did you mean cell_size_m?"),
         ("maps: {}\n", ":1: unknown key maps; did you mean map?"),
-        ("adapt:\n  steps: many\n", ":2: adapt.steps: expected a whole number, received 'many'"),
-        ("adapt:\n  steps: true\n", "adapt.steps: expected a whole number, received True"),
-        ("adapt:\n  steps: 1.5\n", "adapt.steps: expected a whole number, received 1.5"),
-        ("adapt:\n  steps: 0\n", "adapt.steps: expected at least 1, received 0"),
+        (
+            "adapt:\n  rays_per_step: many\n",
+            ":2: adapt.rays_per_step: expected a whole number, received 'many'",
+        ),
+        (
+            "adapt:\n  rays_per_step: true\n",
+            "adapt.rays_per_step: expected a whole number, received True",
+        ),
+        (
+            "adapt:\n  rays_per_step: 1.5\n",
+            "adapt.rays_per_step: expected a whole number, received 1.5",
+        ),
+        ("adapt:\n  rays_per_step: 0\n", "adapt.rays_per_step: expected at least 1, received 0"),
         ("adapt:\n\n  lr: 0\n", ":3: adapt.lr: expected more than 0, received 0.0"),
         ("adapt: {lr: 11}\n", "adapt.lr: expected at most 10, received 11.0"),
         ("adapt: {lr: .nan}\n", "adapt.lr: expected a number, received nan"),
@@ -93,7 +102,7 @@ def test_a_missing_or_binary_file_is_refused(tmp_path: Path) -> None:
         load_config(tmp_path / "binary")
 
 
-@pytest.mark.parametrize("values", [{"steps": 0}, {"seed": -1}, {"weighting": "exact"}])
+@pytest.mark.parametrize("values", [{"rays_per_step": 0}, {"seed": -1}, {"weighting": "exact"}])
 def test_settings_made_in_code_are_checked_too(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(values))):
         AdaptConfig(**values)
@@ -101,7 +110,7 @@ def test_settings_made_in_code_are_checked_too(values: dict[str, Any]) -> None:
 
 def test_settings_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        ServeConfig().adapt.steps = 3  # type: ignore[misc]
+        ServeConfig().adapt.seed = 3  # type: ignore[misc]
 
 
 def test_key_files_stand_in_the_folder_of_keys() -> None:
