@@ -20,7 +20,7 @@ from meta_trainer.config import TrainConfig, load_config, parse_config
 from meta_trainer.episodes import Episode, image_episode
 from meta_trainer.meta_gradient import initial_rates, meta_gradient
 from meta_trainer.methods import METHODS, Learning
-from meta_trainer.trainer import load_init, train
+from meta_trainer.trainer import evaluate_init, load_init, train
 
 FIELD = Siren(2, 3, width=5, layers=4, omega=4.0)
 HOW = Learning(FIELD, rates=0.05)
@@ -253,3 +253,11 @@ def test_shipped_settings_are_valid_and_say_their_own_name() -> None:
         assert (settings.weighting == "diagonal") == (settings.start == "mim")
         assert settings.width == (128 if settings.start in ("mod", "mim") else 256)
         assert path.name in path.read_text()
+
+
+def test_evaluate_adapts_the_written_start(root: Path, tmp_path: Path) -> None:
+    path = train(config(tmp_path / "o", outer_steps=2), root)
+    found = evaluate_init(path, root / "faces" / "train", 2, 4, 64, root)
+    assert found["method"] == "Ours (MIM)" and found["n"] == 2
+    assert list(found["curve"]) == ["1", "2", "4"] and len(found["signals"]) == 2
+    assert found["last"] == found["curve"]["4"] > found["step1"]
