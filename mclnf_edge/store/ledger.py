@@ -225,10 +225,7 @@ class Ledger:
 
     def module(self, module: str, version: int | None = None) -> ModuleRecord:
         """One version, by default the newest that is not quarantined; raises StoreError."""
-        if version is None:
-            condition = "state = 'closed' AND ? IS NULL"
-        else:
-            condition = "version = ?"
+        condition = "state = 'closed' AND ? IS NULL" if version is None else "version = ?"
         rows = self.database.rows(
             f"SELECT {_MODULE_COLUMNS} FROM modules WHERE id = ? AND {condition} "
             "ORDER BY version DESC LIMIT 1",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,9 @@ def _one_task(store: MapStore, recording: Recording, turn: int) -> None:
 
 
 def _failed_fsync(store: MapStore, recording: Recording, vfs: RecordingVFS) -> None:
+    # The log is not empty now, so that the next fsync is a commit's and not its header's.
+    store.put_frames(rows(890, 2))
+    recording.ack(("frames", range(890, 892)))
     vfs.fail_sync = "ledger.db-wal"
     for first in (900, 910):  # the second is refused because the first failed
         try:
@@ -87,6 +91,20 @@ def _failed_fsync(store: MapStore, recording: Recording, vfs: RecordingVFS) -> N
     store.reopen()
     store.put_frames(rows(920, 4))
     recording.ack(("frames", range(920, 924)))
+
+
+def cut_and_look(
+    recording: Recording, work: Path, cuts: int, seed: int, within: range | None = None
+) -> Iterator[str]:
+    """What is wrong after each of `cuts` power cuts at random steps, by default of all."""
+    rng = random.Random(seed)
+    for _ in range(cuts):
+        cut = rng.choice(within or range(1, len(recording.ops)))
+        target = work / "crash"
+        recording.crash(cut, target, rng)
+        found = list(faults(target / "map", recording.promises(cut)))
+        shutil.rmtree(target)
+        yield from (f"cut {cut}: {fault}" for fault in found)
 
 
 def faults(found: Path, promises: list[Any]) -> Iterator[str]:
@@ -133,7 +151,7 @@ def _missing_frames(store: MapStore, promises: list[Any]) -> Iterator[str]:
     held = {frame.seq: frame for frame in store.held_frames()}
     committed = store.counts()["closed"]
     may_be_done = [seq for kind, what in promises if kind == "letting go" for seq in what]
-    done = dict(
+    done: dict[int, int] = dict(
         store.ledger.database.rows("SELECT seq, rays FROM frames WHERE state = 'done'")
     )
     if len(done) != 12 * committed or not set(done) <= set(may_be_done):

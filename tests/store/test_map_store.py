@@ -98,9 +98,7 @@ def test_a_module_comes_back_as_committed(store: MapStore) -> None:
 
 
 @pytest.mark.parametrize("way", ["commit", "let go"])
-def test_no_byte_of_a_let_go_frame_stays_on_disk(
-    store: MapStore, tmp_path: Path, way: str
-) -> None:
+def test_no_byte_of_a_let_go_frame_stays_on_disk(store: MapStore, tmp_path: Path, way: str) -> None:
     secret, kept = os.urandom(24) * 900, os.urandom(24) * 900
     store.put_frames([row(1, secret), row(2, kept), row(3, secret[24:])])
     assert _on_disk(tmp_path / "map", secret[:24]) and _on_disk(tmp_path / "map", kept[:24])

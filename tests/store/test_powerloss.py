@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import random
-import shutil
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("apsw", reason="the power-loss simulator records SQLite through apsw")
 
-from tests.store.flight import faults, fly
-from tests.store.powerloss import Recording
+from tests.store.flight import cut_and_look, fly
 
 FSYNCS = (
     "fsync map/ledger.db-wal",
@@ -20,37 +17,24 @@ FSYNCS = (
     "fsync_dir map/modules",
     "fsync map/checkpoints/",
     "fsync_dir map/checkpoints",
-    "fsync map/map.json",
+    "fsync map/map.json.tmp",
     "fsync_dir map",
     "fsync_dir .",
 )
-
-
-def found_after(recording: Recording, work: Path, cuts: int, seed: int) -> list[str]:
-    """What is wrong after each of `cuts` random power cuts, all together."""
-    rng = random.Random(seed)
-    wrong = []
-    for _ in range(cuts):
-        cut = rng.randint(1, len(recording.ops))
-        target = work / "crash"
-        recording.crash(cut, target, rng)
-        wrong += [f"cut {cut}: {fault}" for fault in faults(target / "map", recording.promises(cut))]
-        shutil.rmtree(target)
-    return wrong
 
 
 @pytest.mark.parametrize("fail_sync", [False, True])
 def test_nothing_promised_is_lost(tmp_path: Path, fail_sync: bool) -> None:
     (tmp_path / "disk").mkdir()
     recording = fly(tmp_path / "disk", fail_sync=fail_sync)
-    assert found_after(recording, tmp_path, cuts=60, seed=1) == []
+    assert list(cut_and_look(recording, tmp_path, cuts=40, seed=1)) == []
 
 
 @pytest.mark.parametrize("fsync", FSYNCS)
 def test_every_fsync_is_needed(tmp_path: Path, fsync: str) -> None:
     (tmp_path / "disk").mkdir()
     recording = fly(tmp_path / "disk", broken=fsync, rounds=3)
-    assert found_after(recording, tmp_path, cuts=120, seed=2) != []
+    assert next(cut_and_look(recording, tmp_path, cuts=400, seed=2), None)
 
 
 def test_after_a_failed_fsync_the_log_must_be_written_anew(
@@ -59,4 +43,6 @@ def test_after_a_failed_fsync_the_log_must_be_written_anew(
     (tmp_path / "disk").mkdir()
     monkeypatch.setattr("mclnf_edge.store.database.write_durably", lambda *_: None)
     recording = fly(tmp_path / "disk", fail_sync=True)
-    assert found_after(recording, tmp_path, cuts=120, seed=3) != []
+    lost = next(at for at, op in enumerate(recording.ops) if op.kind == "lost")
+    found = cut_and_look(recording, tmp_path, cuts=400, seed=3, within=range(lost, lost + 60))
+    assert next(found, None)
