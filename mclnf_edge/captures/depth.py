@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import struct
 from pathlib import Path
 from typing import Any, Final, cast
@@ -61,6 +62,9 @@ def _read_exr(path: Path) -> npt.NDArray[Any]:
     except ImportError:
         raise CaptureError(f"{path}: reading EXR depth needs `pip install OpenEXR`") from None
     try:
+        first, last = openexr.File(str(path), header_only=True).header()["dataWindow"]
+        if math.prod(int(b) - int(a) + 1 for a, b in zip(first, last, strict=True)) > MAX_PIXELS:
+            raise CaptureError(f"{path}: more than {MAX_PIXELS} pixels")
         channels = openexr.File(str(path), separate_channels=True).channels()
     except RuntimeError as error:
         raise CaptureError(f"{path}: cannot read EXR ({error})") from None

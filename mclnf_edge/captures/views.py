@@ -57,12 +57,12 @@ def _capture_views(path: Path, key: str) -> list[View]:
     capture = open_capture(path)
     if key in SPLITS:
         which: SplitFilter = next(split for split in SPLITS if split == key)
-        frames = list(capture.split(which))
-        if not frames:
+        # One picture at a time: a view keeps none of it.
+        views = [view_of(frame, capture.name) for frame in capture.split(which)]
+        if not views:
             raise CaptureError(f"{path}: no frame of split {key!r}")
-    else:
-        frames = [capture.frame(key)]
-    return [view_of(frame, capture.name) for frame in frames]
+        return views
+    return [view_of(capture.frame(key), capture.name)]
 
 
 def _file_views(path: Path, camera: Camera | None) -> list[View]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -106,6 +108,32 @@ def test_truncated_pictures_are_refused(records: list[Record]) -> None:
     records[0].image.write_bytes(records[0].image.read_bytes()[:-20])
     with pytest.raises(CaptureError, match="img_0.png.*cut short"):
         capture_of(records).frames[0]
+
+
+def test_bombs_are_refused_before_they_are_decoded(records: list[Record]) -> None:
+    """A few bytes of PNG whose header claims 30,000x16,875 pixels, the camera's shape."""
+    header = struct.pack(">IIBBBBB", 30_000, 16_875, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    data = struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    records[0].image.write_bytes(b"\x89PNG\r\n\x1a\n" + data + b"\0\0\0\0IEND\xaeB`\x82")
+    with pytest.raises(CaptureError, match="img_0.png.*67108864 pixels"):
+        capture_of(records).frames[0]
+
+
+def test_files_that_are_no_pictures_are_refused(records: list[Record]) -> None:
+    records[0].image.write_bytes(b"hello")
+    with pytest.raises(CaptureError, match="img_0.png"):
+        capture_of(records).frames[0]
+
+
+def test_a_part_of_the_frames_is_still_unread(records: list[Record]) -> None:
+    """Opening, splitting and slicing read no picture: all may be gone by then."""
+    capture = capture_of(records)
+    for record in records:
+        record.image.unlink()
+    assert len(capture.split("train").frames[2:5]) == 3
+    with pytest.raises(CaptureError, match="img_2.png"):
+        capture.frames[2:5][0]
 
 
 def test_bad_poses_and_cameras_name_the_frame(records: list[Record]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import pytest
 
@@ -101,13 +100,14 @@ def test_sparse_points_fall_on_their_colour(named: tuple[Capture, Figures, Path]
         size = (frame.camera.width, frame.camera.height)
         inside = ((pixels >= 0) & (pixels < size)).all(axis=1)
         column, row = pixels[inside].astype(int).T
-        seen = cv2.GaussianBlur(rgb, (3, 3), 0)[row, column]
+        seen = rgb[row, column]
         right.append(np.abs(seen - colours[inside]).mean())
         shuffled.append(np.abs(seen - np.roll(colours[inside], 101, axis=0)).mean())
+    # Above the README's difference, since points hidden in a picture count here; measured shares
+    # are 0.36 to 0.42.
     stated, control = figures.colour_difference
-    assert np.mean(right) < 2.0 * stated
-    assert np.mean(right) < 0.65 * np.mean(shuffled)
-    assert np.mean(shuffled) == pytest.approx(control, rel=0.35)
+    assert stated < np.mean(right) < 0.45 * np.mean(shuffled)
+    assert np.mean(shuffled) == pytest.approx(control, rel=0.1)
 
 
 def read_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
