@@ -81,7 +81,8 @@ def _failed_fsync(store: MapStore, recording: Recording, vfs: RecordingVFS) -> N
     # The log is not empty now, so that the next fsync is a commit's and not its header's.
     store.put_frames(rows(890, 2))
     recording.ack(("frames", range(890, 892)))
-    vfs.fail_sync = "ledger.db-wal"
+    # The main file's fails too, so that closing cannot move the log there and drop it.
+    vfs.fail_sync = {"ledger.db-wal", "ledger.db"}
     for first in (900, 910):  # the second is refused because the first failed
         try:
             store.put_frames(rows(first, 2))

@@ -204,10 +204,11 @@ class RecordingFiles(FileSystem):
 
 
 class RecordingVFS(apsw.VFS):
-    """SQLite's own VFS, recorded. `fail_sync` makes the next fsync of a file so named fail."""
+    """SQLite's own VFS, recorded. The next fsync of each file named in `fail_sync` fails."""
 
     def __init__(self, recording: Recording, name: str) -> None:
-        self.recording, self.fail_sync, self.vfs_name = recording, "", name
+        self.recording, self.vfs_name = recording, name
+        self.fail_sync: set[str] = set()
         super().__init__(name, "")
 
     def xOpen(self, name: Any, flags: list[int]) -> _RecordedFile:
@@ -240,8 +241,8 @@ class _RecordedFile(apsw.VFSFile):
         self._vfs.recording.add("truncate", self._path, None, size)
 
     def xSync(self, flags: int) -> None:
-        if self._vfs.fail_sync and self._path.name == self._vfs.fail_sync:
-            self._vfs.fail_sync = ""
+        if self._path.name in self._vfs.fail_sync:
+            self._vfs.fail_sync.discard(self._path.name)
             self._vfs.recording.add("lost", self._path)
             raise apsw.IOError("fsync failed on purpose")
         self._vfs.recording.add("fsync", self._path)

@@ -44,5 +44,5 @@ def test_after_a_failed_fsync_the_log_must_be_written_anew(
     monkeypatch.setattr("mclnf_edge.store.database.write_durably", lambda *_: None)
     recording = fly(tmp_path / "disk", fail_sync=True)
     lost = next(at for at, op in enumerate(recording.ops) if op.kind == "lost")
-    found = cut_and_look(recording, tmp_path, cuts=400, seed=3, within=range(lost, lost + 60))
+    found = cut_and_look(recording, tmp_path, cuts=200, seed=3, within=range(lost, lost + 120))
     assert next(found, None)
