@@ -156,42 +156,59 @@ def _visible(x, y, z, eye, raster, x0, y0, inverse, top, slack):  # type: ignore
 
 
 @njit(**JIT)
-def paint(xs, ys, raster, x0, y0, inverse, slack, images, masks, P, eyes, gains, color, frames):  # type: ignore[no-untyped-def]
-    """Mean exposure-corrected colour of the surface at (xs[i], ys[j]) and how many frames saw it.
+def visibility(xs, ys, raster, x0, y0, inverse, slack, masks, P, eyes, seen):  # type: ignore[no-untyped-def]
+    """seen (N, ny, nx): 1 where picture i sees the surface at (xs, ys), unmasked and unhidden.
 
-    `images` (N, H, W, 3) uint8, `masks` (N, H, W) uint8 (0 = ignore), `gains` (N, 3); `color`
-    (ny, nx, 3) in [0, 1] (0.45 where unseen), `frames` (ny, nx). Near views count more: weights are
-    1 / depth^4, so a low pass keeps its detail when a high one joins it.
+    `masks` (N, H, W) uint8, 0 = ignore; `slack` metres of height are forgiven.
     """
-    count, h, w, _ = images.shape
+    count, h, w = masks.shape
     top = raster.max()
-    total = np.zeros(3, np.float32)
     for jy in range(len(ys)):
         for jx in range(len(xs)):
-            x, y = xs[jx], ys[jy]
-            z = raster_at(raster, x0, y0, inverse, x, y)
-            weight, n = float32(0), 0
+            z = raster_at(raster, x0, y0, inverse, xs[jx], ys[jy])
+            for i in range(count):
+                u, v, q = _pixel(P, i, xs[jx], ys[jy], z)
+                seen[i, jy, jx] = 0
+                if q <= 0 or u < 0 or v < 0 or u >= w - 1 or v >= h - 1 or masks[i, int(v), int(u)] == 0:
+                    continue
+                if _visible(xs[jx], ys[jy], z, eyes[i], raster, x0, y0, inverse, top, slack):
+                    seen[i, jy, jx] = 1
+
+
+@njit(**JIT)
+def paint(xs, ys, raster, x0, y0, inverse, seen, images, P, gains, color):  # type: ignore[no-untyped-def]
+    """Mean exposure-corrected colour (ny, nx, 3) in [0, 1] of the surface at (xs, ys).
+
+    `seen` (N, m, m) from `visibility` over the same square, `images` (N, H, W, 3) uint8, `gains`
+    (N, 3). Near views count more, with 1 / depth^4: a low pass keeps its detail when a high one
+    joins it. Where nobody saw the surface the colour is 0.45.
+    """
+    count, h, w, _ = images.shape
+    m = seen.shape[1]
+    total = np.zeros(3, np.float32)
+    for jy in range(len(ys)):
+        sy = int(jy * (m - 1) / (len(ys) - 1) + 0.5)
+        for jx in range(len(xs)):
+            sx = int(jx * (m - 1) / (len(xs) - 1) + 0.5)
+            z = raster_at(raster, x0, y0, inverse, xs[jx], ys[jy])
+            weight = float32(0)
             total[:] = 0
             for i in range(count):
-                u, v, q = _pixel(P, i, x, y, z)
+                if seen[i, sy, sx] == 0:
+                    continue
+                u, v, q = _pixel(P, i, xs[jx], ys[jy], z)
                 if q <= 0 or u < 0 or v < 0 or u >= w - 1 or v >= h - 1:
                     continue
                 iu, iv = int(u), int(v)
-                if masks[i, iv, iu] == 0:
-                    continue
-                if not _visible(x, y, z, eyes[i], raster, x0, y0, inverse, top, slack):
-                    continue
                 a, b = u - float32(iu), v - float32(iv)
                 near = (float32(100) / q) ** 4
                 weight += near
-                n += 1
                 for c in range(3):
                     low = (1 - a) * images[i, iv, iu, c] + a * images[i, iv, iu + 1, c]
                     high = (1 - a) * images[i, iv + 1, iu, c] + a * images[i, iv + 1, iu + 1, c]
                     total[c] += near * ((1 - b) * low + b * high) / gains[i, c]
-            frames[jy, jx] = min(n, 255)
             for c in range(3):
-                color[jy, jx, c] = total[c] / (weight * float32(255)) if n > 0 else float32(0.45)
+                color[jy, jx, c] = total[c] / (weight * float32(255)) if weight > 0 else float32(0.45)
 
 
 @njit(**JIT)
@@ -233,3 +250,20 @@ def fit_gains(values: F32, fixed: npt.NDArray[np.bool_], gains: F32, rounds: int
         if not fixed.any():
             out -= out.mean(0)
     return out
+
+
+@njit(**JIT)
+def fill_density(density, voxels, x0, y0, edge, low, height, raster, rx, ry, inverse, unit, solid, empty):  # type: ignore[no-untyped-def]
+    """Set a density grid (z, y, x flat) from a height raster: `solid` from just above it down.
+
+    The band above the surface is two units thick, so that the proposals reach both sides of it.
+    """
+    nx, ny, nz = voxels
+    for c in range(nz):
+        z = low + (c + 0.5) / nz * height
+        for b in range(ny):
+            y = y0 + (b + 0.5) / ny * edge
+            for a in range(nx):
+                x = x0 + (a + 0.5) / nx * edge
+                above = z - raster_at(raster, rx, ry, inverse, x, y)
+                density[(c * ny + b) * nx + a] = solid if above < unit else empty

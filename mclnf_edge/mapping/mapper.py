@@ -1,0 +1,657 @@
+"""The map's state machine: frames come in, modules open, learn, close; nothing else changes a map.
+
+    frame -> held -> cells it sees -> modules spawned and seeded -> steps -> closed -> frame let go
+
+Everything here runs on one thread. The mapper neither reads nor writes files: `Closing` says what
+to commit, `checkpoint` and `restore` turn the open work into named arrays and back.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from mclnf_edge.config import AdaptConfig, FieldConfig, MapConfig
+from mclnf_edge.engine import learn, volume
+from mclnf_edge.engine.field import MLP_SIZE, Layout, random_mlp
+from mclnf_edge.errors import FrameRejected, InitError
+from mclnf_edge.images import decode_image, decode_mask, undistort, undistort_layer
+from mclnf_edge.mapping.frames import TILE, HeldFrame
+from mclnf_edge.mapping.modules import Cell, Module, ModulePool, Workspace, trace
+from mclnf_edge.mapping.structure import Structure
+from mclnf_edge.types import Frame, ModuleSnapshot
+
+F32 = npt.NDArray[np.float32]
+log = logging.getLogger(__name__)
+
+_COARSE_STEPS = 48
+_SAMPLES = 6
+_UNIFORM = 0.05
+_DENSITY_RATE = 0.03
+_GAIN_RATE = 0.01
+_MAX_EDGE_PX = 960
+"""Larger pictures are reduced to this width or height before they are held."""
+
+
+@dataclass(frozen=True)
+class Closing:
+    """A module to commit, and the frames that no open module needs once it is committed."""
+
+    snapshot: ModuleSnapshot
+    let_go: dict[int, int]
+    """Frame id -> rays it was trained with."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimization step: mean loss as PSNR, rays that met an open module, mean ray weight spread."""
+
+    psnr: float
+    rays: int
+
+
+class Mapper:
+    """All modules, held frames and exposures of one map.
+
+    `origin` (3,) float64 world metres is subtracted from every position; it is the first frame's
+    camera position, rounded, unless a restored map brings its own. `cell_m` None: chosen from the
+    first frame's footprint.
+    """
+
+    def __init__(
+        self,
+        map_config: MapConfig,
+        field: FieldConfig,
+        adapt: AdaptConfig,
+        mlp: F32 | None = None,
+        threads: int = 2,
+    ) -> None:
+        """`mlp`: the meta-learned initial parameters, None for a random start."""
+        if mlp is not None and mlp.shape != (MLP_SIZE,):
+            raise InitError(f"init: expected {MLP_SIZE} parameters, received {mlp.shape}")
+        self.config, self.field, self.adapt = map_config, field, adapt
+        self.mlp = random_mlp(adapt.seed) if mlp is None else mlp
+        self.threads = threads
+        self.origin: npt.NDArray[np.float64] | None = None
+        self.pool: ModulePool | None = None
+        self.structure: Structure | None = None
+        self.modules: dict[Cell, Module] = {}
+        self.frames: dict[int, HeldFrame] = {}
+        self.gains: dict[str, list[tuple[float, F32]]] = {}
+        self.steps = 0
+        self.psnr: float | None = None
+        self.draining = False
+        self._work = Workspace(adapt.rays_per_step, _SAMPLES)
+        self._plane_scale: F32 | None = None
+        self._random = np.random.default_rng(adapt.seed)
+        self._dirty = False
+        self._tiles: Counter[Cell] = Counter()
+        self._targets: tuple[npt.NDArray[np.int32], ...] | None = None
+
+    # -- frames ---------------------------------------------------------------------------------
+
+    def add(self, frame_id: int, stream: str, frame: Frame, *, seen_rays: int = 0) -> str:
+        """Decode and hold a frame; "accepted" or "redundant". Raises FrameRejected."""
+        held = self._hold(frame_id, stream, frame)
+        if self.structure is None:
+            self._begin(held, frame)
+        assert self.structure is not None
+        recent = list(self.frames.values())[-12:]
+        if self._hovers(held, recent):
+            return "redundant"
+        held.rays = seen_rays
+        self.structure.add_frame(held, recent, frame.height_m)
+        held.gain = self._guess_gain(held)
+        self.frames[frame_id] = held
+        self._dirty = True
+        return "accepted"
+
+    def _hold(self, frame_id: int, stream: str, frame: Frame) -> HeldFrame:
+        image = decode_image(frame.image, frame.encoding, frame.camera)
+        image, camera, valid = undistort(image, frame.camera)
+        mask = np.where(valid, 255, 0).astype(np.uint8)
+        if frame.mask is not None:
+            published = decode_mask(frame.mask, frame.camera).astype(np.uint8)
+            mask = np.where(undistort_layer(published, frame.camera) > 0, mask, 0).astype(np.uint8)
+        scale = min(1.0, _MAX_EDGE_PX / max(camera.width, camera.height))
+        if scale < 1:
+            w, h = max(round(camera.width * scale), 1), max(round(camera.height * scale), 1)
+            image = cv2.resize(image, (w, h), interpolation=cv2.INTER_AREA).astype(np.uint8)
+            mask = cv2.resize(mask, (w, h), interpolation=cv2.INTER_NEAREST).astype(np.uint8)
+            camera = camera.scaled(w, h)
+        if min(camera.width, camera.height) < 2 * TILE:
+            raise FrameRejected(
+                f"image: expected at least {2 * TILE} pixels a side, received "
+                f"{camera.width}x{camera.height}"
+            )
+        position = frame.T_world_camera[:3, 3]
+        if self.origin is None:
+            self.origin = np.round(position)
+        return HeldFrame(
+            frame_id, stream, frame.seq, frame.timestamp, np.ascontiguousarray(image), mask,
+            (camera.fx, camera.fy, camera.cx, camera.cy),
+            frame.T_world_camera[:3, :3].astype(np.float32),
+            (position - self.origin).astype(np.float32),
+        )  # fmt: skip
+
+    def _begin(self, held: HeldFrame, frame: Frame) -> None:
+        """Choose the cell size; needs a flying height, so it waits for parallax unless told one."""
+        cell = self.config.cell_size_m
+        self.structure = Structure(1.0 if cell == "auto" else float(cell))
+
+    def _hovers(self, held: HeldFrame, recent: list[HeldFrame]) -> bool:
+        """Whether a frame adds no parallax: less than 0.4 % of the flying height from another."""
+        assert self.structure is not None
+        if len(self.structure.points) < 30:
+            return any(
+                np.linalg.norm(o.eye - held.eye) < 1e-3 and _angle(o, held) < 0.2 for o in recent
+            )
+        least = 0.004 * max(float(held.eye[2]) - self.structure.ground(held), 1.0)
+        return any(
+            np.linalg.norm(o.eye - held.eye) < least and _angle(o, held) < 1.0 for o in recent
+        )
+
+    def _guess_gain(self, held: HeldFrame) -> F32:
+        """A new frame starts from the exposure of its stream's nearest frame in time."""
+        known = self.gains.get(held.stream)
+        if not known:
+            return np.zeros(3, np.float32)
+        return min(known, key=lambda item: abs(item[0] - held.timestamp))[1].copy()
+
+    def gain(self, stream: str, timestamp: float | None) -> F32:
+        """Log exposure (3,) at a time, interpolated between a stream's frames; 0 when unknown."""
+        known = sorted(self.gains.get(stream, ()), key=lambda item: item[0])
+        if timestamp is None or not known:
+            return np.zeros(3, np.float32)
+        times = np.array([t for t, _ in known])
+        values = np.stack([g for _, g in known])
+        return np.array([np.interp(timestamp, times, values[:, c]) for c in range(3)], np.float32)
+
+    # -- structure ------------------------------------------------------------------------------
+
+    def settle(self) -> bool:
+        """Bring cells, modules and seeds up to date with the frames; whether anything was done.
+
+        A module is seeded again while it is young, each time its views have doubled: measured
+        surfaces from more views beat what a few hundred steps have learned from fewer.
+        """
+        if not self._dirty or self.structure is None:
+            return False
+        frames = list(self.frames.values())
+        if len(frames) < 2 and len(self.structure.points) < 8 and not self.draining:
+            return False
+        self._dirty = False
+        self._ensure_pool(frames)
+        assert self.pool is not None
+        closed = {c for c, m in self.modules.items() if m.state in ("closed", "quarantined")}
+        worth = self.structure.assign(frames, closed)
+        seeds = [c for c in sorted(worth) if self._needs_seed(c, frames)]
+        self._seed(seeds, frames)
+        now = time.monotonic()
+        for frame in frames:
+            for cell in frame.tiles:
+                module = self.modules.get(cell)
+                if module is not None and frame.id not in module.frames and module.row >= 0:
+                    module.frames.add(frame.id)
+                    module.last_frame_at = now
+        self._count_tiles()
+        self._remember_gains(frames)
+        self._targets = None
+        return True
+
+    def _count_tiles(self) -> None:
+        """How many tiles of the held frames each cell owns: what a module's budget follows."""
+        self._tiles = Counter()
+        for frame in self.frames.values():
+            for cell, tiles in frame.tiles.items():
+                self._tiles[cell] += len(tiles)
+
+    def _ensure_pool(self, frames: list[HeldFrame]) -> None:
+        assert self.structure is not None
+        if self.pool is not None:
+            return
+        if self.config.cell_size_m == "auto":
+            self.structure.cell_m = self._auto_cell(frames)
+            log.info("cell size %.1f m from the first footprints", self.structure.cell_m)
+        layout = Layout.of(self.field.plane_texels, self.field.plane_vertical, self.field.voxels)
+        self.pool = ModulePool(layout, self.structure.cell_m, self.mlp, self.threads)
+
+    def _auto_cell(self, frames: list[HeldFrame]) -> float:
+        """0.75 of a footprint's mean edge: flying height times image size over focal length."""
+        assert self.structure is not None
+        edges = []
+        for f in frames[:8]:
+            w, h = f.size
+            flying = max(float(f.eye[2]) - self.structure.ground(f), 1.0)
+            edges.append(flying * np.sqrt(w * h / (f.K[0] * f.K[1])))
+        return float(np.clip(0.75 * np.median(edges), 1.0, 2000.0))
+
+    def _needs_seed(self, cell: Cell, frames: list[HeldFrame]) -> bool:
+        views = sum(cell in f.tiles for f in frames)
+        module = self.modules.get(cell)
+        if module is None:
+            return views >= 2 or (views == 1 and self.draining)
+        young = module.row >= 0 and self._progress(module) < 0.5
+        return young and views >= 2 * module.seeded_with
+
+    def _seed(self, cells: list[Cell], frames: list[HeldFrame]) -> None:
+        assert self.structure is not None and self.pool is not None
+        for cell in cells:
+            seeing = [f for f in frames if cell in f.tiles]
+            flying = max(float(f.eye[2]) - self.structure.ground(f) for f in seeing)
+            module = self.modules.get(cell)
+            if module is None:
+                low, high = self.structure.band(cell, flying)
+                module = self.modules[cell] = self.pool.spawn(cell, low, high)
+                log.info("task %s opened by frame %d", module.id, seeing[-1].id)
+            slot = module.slot
+            low = float(self.pool.band[slot, 0])
+            self.structure.sweep(cell, seeing, low, low + 1 / float(self.pool.band[slot, 1]))
+        if not cells:
+            return
+        involved = [f for f in frames if any(c in f.tiles for c in cells)]
+        self.structure.fit_exposures(cells, involved)
+        for cell in cells:
+            module = self.modules[cell]
+            self.structure.seed(self.pool, module, frames)
+            self.pool.weights[module.slot] = self.pool.mlp
+            self.pool.reset_learning(module.row)
+            module.seeded_with = sum(cell in f.tiles for f in frames)
+
+    def _remember_gains(self, frames: list[HeldFrame]) -> None:
+        for f in frames:
+            known = [item for item in self.gains.get(f.stream, []) if item[0] != f.timestamp]
+            self.gains[f.stream] = [*known, (f.timestamp, f.gain)]
+
+    # -- adaptation -----------------------------------------------------------------------------
+
+    def _budget(self, module: Module) -> float:
+        """Rays a module is adapted with: `passes` over the pixels it owns."""
+        return max(self.adapt.passes * self._tiles.get(module.cell, 0) * TILE * TILE, 1.0)
+
+    def _progress(self, module: Module) -> float:
+        return min(module.rays / self._budget(module), 1.0)
+
+    def progress(self) -> float:
+        """Share of all open modules' ray budgets that is spent, in [0, 1]."""
+        learning = [m for m in self.modules.values() if m.row >= 0]
+        total = sum(self._budget(m) for m in learning)
+        return min(sum(min(m.rays, self._budget(m)) for m in learning) / total, 1) if total else 1.0
+
+    def _ray_targets(self) -> tuple[npt.NDArray[np.int32], ...]:
+        """(frame index, tile, row) of every tile that an unfinished module may draw from."""
+        if self._targets is None:
+            parts = []
+            for i, frame in enumerate(self.frames.values()):
+                for cell, tiles in frame.tiles.items():
+                    module = self.modules.get(cell)
+                    if module is not None and module.row >= 0 and self._progress(module) < 1:
+                        parts.append(np.stack([np.full_like(tiles, i), tiles, np.full_like(tiles, module.row)]))
+            joined = np.concatenate(parts, axis=1) if parts else np.zeros((3, 0), np.int32)
+            self._targets = tuple(joined)
+        return self._targets
+
+    def step(self) -> StepReport | None:
+        """One optimization step over every open module, None when there is nothing to learn.
+
+        Algorithm 1, lines 9-17: draw rays, render them through the gate, score each by its Fisher
+        information, weigh the loss, update. Frozen modules are rendered and not touched.
+        """
+        frame_of, tile, row = self._ray_targets()
+        if len(tile) == 0 or self.pool is None:
+            return None
+        pool, tape, n = self.pool, self._work.tape, self.adapt.rays_per_step
+        frames = list(self.frames.values())
+        pick = self._random.integers(0, len(tile), n)
+        ro, rd, truth, use = self._rays(frames, frame_of[pick], tile[pick])
+        self.steps += 1
+        reach = 60.0 * float(max(f.eye[2] - pool.band[:, 0].min() for f in frames))
+        scene = trace(pool, self._work, ro, rd, steps=_COARSE_STEPS, uniform=_UNIFORM,
+                      seed=self.steps + self.adapt.seed * 1_000_003, jitter=True, reach=reach)  # fmt: skip
+        gains = np.exp(np.stack([f.gain for f in frames]))[frame_of[pick]]
+        residual = tape.rgb[:n] * gains - truth
+        residual *= use[:, None]
+        mse = float((residual**2).mean() / max(use.mean(), 1e-6))
+        cap = self.adapt.robust_cap * max(float(np.sqrt(mse)), 0.02)
+        capped = np.clip(residual, -cap, cap)
+        d_rgb = np.ascontiguousarray(2 * capped * gains / n, np.float32)
+        weights = self._weigh(scene, d_rgb)
+        d_rgb *= weights[:, None]
+        self._learn(scene, d_rgb, ro, rd, n)
+        self._update_gains(frames, frame_of[pick], capped, tape.rgb[:n] * gains)
+        self._count(frames, frame_of[pick], row[pick], residual)
+        self.psnr = _running(self.psnr, -10 * np.log10(max(mse, 1e-9)))
+        return StepReport(self.psnr, n)
+
+    def _rays(
+        self, frames: list[HeldFrame], which: npt.NDArray[np.int32], tile: npt.NDArray[np.int32]
+    ) -> tuple[F32, F32, F32, F32]:
+        """Origins, directions, true colours and mask (R,) of one random pixel in each tile."""
+        sizes = np.array([f.size for f in frames])[which]
+        across = sizes[:, 0] // TILE
+        tw, th = sizes[:, 0] / across, sizes[:, 1] / (sizes[:, 1] // TILE)
+        jitter = self._random.random((len(which), 2))
+        column = np.minimum(((tile % across) + jitter[:, 0]) * tw, sizes[:, 0] - 1).astype(np.int64)
+        line = np.minimum(((tile // across) + jitter[:, 1]) * th, sizes[:, 1] - 1).astype(np.int64)
+        k = np.array([f.K for f in frames])[which]
+        v = np.stack(
+            [(column + 0.5 - k[:, 2]) / k[:, 0], -(line + 0.5 - k[:, 3]) / k[:, 1], -np.ones(len(which))],
+            axis=-1,
+        )
+        v = np.einsum("rij,rj->ri", np.stack([f.rotation for f in frames])[which], v)
+        v /= np.linalg.norm(v, axis=1, keepdims=True)
+        truth, use = np.empty((len(which), 3), np.float32), np.empty(len(which), np.float32)
+        for i in np.unique(which):
+            here = which == i
+            truth[here] = frames[i].image[line[here], column[here]]
+            use[here] = frames[i].mask[line[here], column[here]] > 0
+        ro = np.stack([f.eye for f in frames])[which]
+        return np.ascontiguousarray(ro), np.ascontiguousarray(v, np.float32), truth / 255, use
+
+    def _weigh(self, scene: volume.Scene, d_rgb: F32) -> F32:
+        """Fisher weights of the rays from the output layer's running diagonal (Eq. 3)."""
+        pool, n = self.pool, len(d_rgb)
+        assert pool is not None
+        if self.adapt.weighting == "none" or self.adapt.fisher_lambda == 0:
+            return np.ones(n, np.float32)
+        running = pool.output_fisher
+        damped = running + self.adapt.fisher_damping * running.mean(1, keepdims=True) + 1e-20
+        q = np.zeros(n, np.float32)
+        sums = [np.zeros((pool.rows, learn.FISHER_SIZE + 1), np.float32) for _ in range(self.threads)]
+
+        def part(i: int) -> None:
+            a, b = n * i // self.threads, n * (i + 1) // self.threads
+            volume.scores(scene, self._work.tape, d_rgb, a, b, _SAMPLES, damped, sums[i], q)
+
+        list(pool.executor.map(part, range(self.threads)))
+        total = np.sum(sums, axis=0)
+        rows = total[:, -1] > 0
+        fresh = total[rows, :-1] / total[rows, -1:]
+        first = ~running[rows].any(1, keepdims=True)
+        running[rows] = np.where(first, fresh, 0.95 * running[rows] + 0.05 * fresh)
+        return learn.ray_weights(q, self.adapt.fisher_lambda, self.adapt.weight_clamp)
+
+    def _learn(self, scene: volume.Scene, d_rgb: F32, ro: F32, rd: F32, n: int) -> None:
+        pool, tape, threads = self.pool, self._work.tape, self.threads
+        assert pool is not None
+
+        def part(i: int) -> int:
+            a, b = n * i // threads, n * (i + 1) // threads
+            return int(
+                volume.backward(
+                    scene, tape, pool.transposed.reshape(-1), d_rgb, a, b, _SAMPLES,
+                    pool.gradient[i].reshape(-1), pool.weight_gradient[i].reshape(-1),
+                    pool.touched[i], pool.queue[i],
+                )
+            )  # fmt: skip
+
+        counts = list(pool.executor.map(part, range(threads)))
+        length = counts[0]
+        for i in range(1, threads):
+            length = learn.merge(
+                pool.queue[0], length, pool.touched[0], pool.gradient[0].reshape(-1),
+                pool.queue[i], counts[i], pool.touched[i], pool.gradient[i].reshape(-1),
+            )  # fmt: skip
+        self._step_texels(pool, length)
+        rows = pool.owner[list(pool.slot_of.values())]
+        rows = rows[rows >= 0]
+        gradient = np.sum([g[rows] for g in pool.weight_gradient], axis=0)
+        for g in pool.weight_gradient:
+            g[rows] = 0
+        moment, square, steps = pool.moment[rows], pool.square[rows], pool.adam_steps[rows]
+        slots = pool.slot_of_row[rows]
+        rate = self.adapt.lr_mlp * 0.1 ** self.progress()
+        pool.weights[slots] = learn.adam(pool.weights[slots], gradient, moment, square, steps, rate)
+        pool.moment[rows], pool.square[rows], pool.adam_steps[rows] = moment, square, steps
+        pool.refresh_transposed(rows)
+        volume.refresh_density(scene, tape, ro, rd, 0, n, _SAMPLES, np.float32(_DENSITY_RATE))
+
+    def _step_texels(self, pool: ModulePool, length: int) -> None:
+        planes = pool.layout.planes
+        if self._plane_scale is None:
+            self._plane_scale = _plane_means(pool, length)
+        sums = np.zeros((len(planes), 2), np.float32)
+        learn.step_texels(
+            pool.queue[0], length, pool.touched[0], pool.gradient[0].reshape(-1), pool.slot_of_row,
+            pool.features.reshape(-1), pool.fisher.reshape(-1), pool.layout.features, planes,
+            np.float32(self.adapt.lr), np.maximum(self._plane_scale, 1e-20), sums,
+        )  # fmt: skip
+        fresh = sums[:, 0] / np.maximum(sums[:, 1], 1)
+        self._plane_scale += np.float32(0.02) * (fresh - self._plane_scale)
+
+    def _update_gains(
+        self, frames: list[HeldFrame], which: npt.NDArray[np.int32], residual: F32, shown: F32
+    ) -> None:
+        """A damped Gauss-Newton step on each frame's log gain, pulled weakly towards zero."""
+        slope = np.zeros((len(frames), 3))
+        curve = np.zeros((len(frames), 3))
+        np.add.at(slope, which, residual * shown)
+        np.add.at(curve, which, shown * shown)
+        change = slope / (curve + 50.0)
+        for i in np.unique(which):
+            frames[i].gain -= (_GAIN_RATE * 4 * change[i] + 1e-5 * frames[i].gain).astype(np.float32)
+
+    def _count(
+        self,
+        frames: list[HeldFrame],
+        which: npt.NDArray[np.int32],
+        row: npt.NDArray[np.int32],
+        residual: F32,
+    ) -> None:
+        for i, n in zip(*np.unique(which, return_counts=True), strict=True):
+            frames[i].rays += int(n)
+        error = (residual**2).mean(1)
+        for module in self.modules.values():
+            if module.row < 0:
+                continue
+            here = row == module.row
+            n = int(here.sum())
+            if n:
+                before = module.rays
+                module.steps += 1
+                module.rays += n
+                module.psnr = _running(module.psnr, -10 * np.log10(max(float(error[here].mean()), 1e-9)))
+                budget = self._budget(module)
+                if before < budget <= module.rays:
+                    self._targets = None
+
+    # -- closing --------------------------------------------------------------------------------
+
+    def finished(self) -> list[Module]:
+        """Open modules that may close: budget spent, and drained or quiet for long enough."""
+        now, quiet = time.monotonic(), self.config.inactivity_s
+        return [
+            m
+            for m in self.modules.values()
+            if m.row >= 0
+            and self._progress(m) >= 1
+            and (self.draining or now - m.last_frame_at > quiet)
+        ]
+
+    def close(self, module: Module) -> Closing:
+        """Freeze a module for good; what to commit and which frames nothing needs any more."""
+        assert self.pool is not None and self.origin is not None
+        self.pool.freeze(module)
+        module.state = "closed"
+        self._targets = None
+        snapshot = self.pool.snapshot(module, self.describe(module))
+        let_go = {}
+        for frame_id in sorted(module.frames):
+            frame = self.frames.get(frame_id)
+            if frame is not None and not self._needed(frame):
+                let_go[frame_id] = frame.rays
+        log.info("task %s closed: %d steps, %d frames let go", module.id, module.steps, len(let_go))
+        return Closing(snapshot, let_go)
+
+    def _needed(self, frame: HeldFrame) -> bool:
+        return any(
+            cell not in self.modules or self.modules[cell].row >= 0 for cell in frame.tiles
+        )
+
+    def forget(self, frame_ids: dict[int, int]) -> None:
+        """Let frames go after their module was committed."""
+        for frame_id in frame_ids:
+            self.frames.pop(frame_id, None)
+        self._targets = None
+
+    def unused(self) -> dict[int, int]:
+        """Frames that no open or future module needs: nothing of theirs is worth a module."""
+        return {f.id: f.rays for f in self.frames.values() if not self._dirty and not self._needed(f)}
+
+    def describe(self, module: Module) -> dict[str, Any]:
+        """A module's JSON-able description; bounds are in world metres."""
+        assert self.pool is not None and self.origin is not None
+        x0, y0, edge = self.pool.bounds(module.cell)
+        low = float(self.pool.band[module.slot, 0])
+        high = low + 1 / float(self.pool.band[module.slot, 1])
+        lowest = (self.origin + (x0, y0, low)).tolist()
+        highest = (self.origin + (x0 + edge, y0 + edge, high)).tolist()
+        return {
+            "kind": self.field.kind,
+            "cell": list(module.cell),
+            "cell_size_m": self.pool.cell_m,
+            "origin": self.origin.tolist(),
+            "bounds": [lowest, highest],
+            "steps": module.steps,
+            "rays": module.rays,
+            "frames": len(module.frames),
+            "psnr": module.psnr,
+            "gains": {
+                s: [[t, *(float(v) for v in g)] for t, g in known] for s, known in self.gains.items()
+            },
+        }
+
+    # -- persistence ----------------------------------------------------------------------------
+
+    def adopt(self, snapshot_arrays: dict[str, npt.NDArray[Any]], meta: dict[str, Any], version: int, digest: str) -> None:
+        """Load a committed module; the first one brings the map's origin and cell size."""
+        if self.pool is None:
+            self.origin = np.array(meta["origin"], np.float64)
+            self.structure = Structure(float(meta["cell_size_m"]))
+            self._ensure_fixed_pool()
+        assert self.pool is not None and self.structure is not None
+        level, ix, iy = (int(v) for v in meta["cell"])
+        cell = (level, ix, iy)
+        slot = self.pool.load(cell, snapshot_arrays)
+        self.modules[cell] = Module(
+            cell, slot, version, "closed", -1, int(meta["steps"]), int(meta["rays"]),
+            psnr=meta["psnr"], digest=digest,
+        )  # fmt: skip
+        for stream, known in meta.get("gains", {}).items():
+            old = {t: g for t, g in self.gains.get(stream, [])}
+            old.update({t: np.array(g, np.float32) for t, *g in known})
+            self.gains[stream] = sorted(old.items())
+
+    def _ensure_fixed_pool(self) -> None:
+        assert self.structure is not None
+        layout = Layout.of(self.field.plane_texels, self.field.plane_vertical, self.field.voxels)
+        self.pool = ModulePool(layout, self.structure.cell_m, self.mlp, self.threads)
+
+    def checkpoint(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+        """Everything the open work needs to go on: named arrays and a JSON-able description."""
+        arrays: dict[str, npt.NDArray[Any]] = {}
+        meta: dict[str, Any] = {"steps": self.steps, "modules": [], "frames": {}, "gains": {}}
+        if self.pool is None or self.structure is None or self.origin is None:
+            return arrays, meta
+        meta |= {"origin": self.origin.tolist(), "cell_size_m": self.pool.cell_m, "psnr": self.psnr}
+        meta["random"] = self._random.bit_generator.state
+        arrays["points"] = self.structure.points.copy()
+        for cell, raster in self.structure.rasters.items():
+            arrays["raster/" + "/".join(map(str, cell))] = raster
+        if self._plane_scale is not None:
+            arrays["plane_scale"] = self._plane_scale.copy()
+        for m in self.modules.values():
+            if m.row < 0:
+                continue
+            meta["modules"].append(
+                {"cell": list(m.cell), "version": m.version, "steps": m.steps, "rays": m.rays,
+                 "seeded_with": m.seeded_with, "frames": sorted(m.frames), "psnr": m.psnr}
+            )  # fmt: skip
+            for name in ("features", "weights", "density", "surface", "seen", "band"):
+                arrays[f"{m.id}/{name}"] = getattr(self.pool, name)[m.slot].copy()
+            for name in ("fisher", "moment", "square", "output_fisher", "adam_steps"):
+                arrays[f"{m.id}/{name}"] = np.asarray(getattr(self.pool, name)[m.row]).copy()
+        for f in self.frames.values():
+            meta["frames"][str(f.id)] = [f.rays, bool(f.fitted), *(float(v) for v in f.gain)]
+        meta["gains"] = {
+            s: [[t, *(float(v) for v in g)] for t, g in known] for s, known in self.gains.items()
+        }
+        return arrays, meta
+
+    def restore(self, arrays: dict[str, npt.NDArray[Any]], meta: dict[str, Any]) -> None:
+        """Go on from a checkpoint; held frames are added again, from the ledger, before this."""
+        if "origin" not in meta:
+            return
+        if self.pool is None or self.structure is None:
+            self.origin = np.array(meta["origin"], np.float64)
+            self.structure = Structure(float(meta["cell_size_m"]))
+            self._ensure_fixed_pool()
+        assert self.pool is not None and self.structure is not None
+        self.structure.points = arrays["points"]
+        self.structure.rasters = {
+            _cell(name[7:].split("/")): a for name, a in arrays.items() if name.startswith("raster/")
+        }
+        self._plane_scale = arrays.get("plane_scale")
+        self.steps, self.psnr = meta["steps"], meta["psnr"]
+        self._random.bit_generator.state = meta["random"]
+        for item in meta["modules"]:
+            cell = _cell(item["cell"])
+            if cell in self.modules:
+                continue  # committed after this checkpoint was written
+            low, inverse = (float(v) for v in arrays[f"{_name(cell)}/band"])
+            m = self.modules[cell] = self.pool.spawn(cell, low, low + 1 / inverse)
+            for name in ("features", "weights", "density", "surface", "seen"):
+                getattr(self.pool, name)[m.slot] = arrays[f"{m.id}/{name}"]
+            for name in ("fisher", "moment", "square", "output_fisher", "adam_steps"):
+                getattr(self.pool, name)[m.row] = arrays[f"{m.id}/{name}"]
+            self.pool.refresh_transposed(np.array([m.row]))
+            m.version, m.steps, m.rays = item["version"], item["steps"], item["rays"]
+            m.seeded_with, m.psnr = item["seeded_with"], item["psnr"]
+            m.frames, m.last_frame_at = set(item["frames"]), time.monotonic()
+        for stream, known in meta["gains"].items():
+            self.gains[stream] = [(t, np.array(g, np.float32)) for t, *g in known]
+
+    def resume_frame(self, frame_id: int, meta: dict[str, Any]) -> None:
+        """Give a frame added again after a restart the exposure and ray count it had."""
+        item, frame = meta.get("frames", {}).get(str(frame_id)), self.frames.get(frame_id)
+        if item is not None and frame is not None:
+            frame.rays, frame.fitted = int(item[0]), bool(item[1])
+            frame.gain = np.array(item[2:], np.float32)
+
+
+def _name(cell: Cell) -> str:
+    return Module(cell, 0).id
+
+
+def _cell(parts: list[Any]) -> Cell:
+    level, ix, iy = (int(v) for v in parts)
+    return level, ix, iy
+
+
+def _angle(a: HeldFrame, b: HeldFrame) -> float:
+    """Degrees between two viewing directions."""
+    cosine = float(np.dot(a.rotation[:, 2], b.rotation[:, 2]))
+    return float(np.degrees(np.arccos(np.clip(cosine, -1, 1))))
+
+
+def _running(old: float | None, new: float) -> float:
+    return float(new) if old is None else 0.95 * old + 0.05 * float(new)
+
+
+def _plane_means(pool: ModulePool, length: int) -> F32:
+    """Mean squared gradient per plane over the first batch's texels: the first damping."""
+    queued = pool.queue[0][:length]
+    at = queued * 4 % pool.layout.features
+    squares = (pool.gradient[0].reshape(-1, 4)[queued] ** 2).mean(1)
+    plane = np.searchsorted(pool.layout.planes[:, 4], at, side="right") - 1
+    count = len(pool.layout.planes)
+    total = np.bincount(plane, squares, count) / np.maximum(np.bincount(plane, minlength=count), 1)
+    out: F32 = total.astype(np.float32)
+    return out

@@ -1,0 +1,319 @@
+"""The modules in memory: their arrays by slot, and the extra arrays of those that still learn."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mclnf_edge.engine import learn, volume
+from mclnf_edge.engine.field import (
+    CHANNELS,
+    MLP_SIZE,
+    SURFACE,
+    TRANSPOSED_SIZE,
+    Layout,
+    random_features,
+    transpose,
+)
+from mclnf_edge.engine.volume import FAR, MARGIN, Scene, Tape, make_tape
+from mclnf_edge.errors import Corrupt
+from mclnf_edge.types import ModuleSnapshot, ModuleState
+
+F32 = npt.NDArray[np.float32]
+Cell = tuple[int, int, int]
+"""(level, ix, iy): level 0 is an inner cell, 1 an outer one."""
+
+
+def cell_name(cell: Cell) -> str:
+    """The module id of a cell, as it stands in `status` and in file names."""
+    level, ix, iy = cell
+    return f"{'far' if level else 'cell'}_{ix}_{iy}"
+
+
+@dataclass
+class Module:
+    """What the mapper knows of one module besides its arrays."""
+
+    cell: Cell
+    slot: int
+    version: int = 1
+    state: ModuleState = "open"
+    row: int = -1
+    steps: int = 0
+    rays: int = 0
+    seeded_with: int = 0
+    frames: set[int] = field(default_factory=set)
+    last_frame_at: float = 0.0
+    psnr: float | None = None
+    digest: str = ""
+
+    @property
+    def id(self) -> str:
+        """Stable name of the module's place."""
+        return cell_name(self.cell)
+
+
+class ModulePool:
+    """Slots of module arrays, rows of learning arrays, and the grids that find them.
+
+    A frozen module has row -1: no kernel writes to its slot. Everything is float32 in the map's
+    local frame; `scene()` is the view of it that kernels take.
+    """
+
+    def __init__(self, layout: Layout, cell_m: float, mlp: F32, threads: int) -> None:
+        """`mlp` (MLP_SIZE,) are the shared initial parameters every new module starts from."""
+        self.layout, self.cell_m, self.mlp = layout, float(cell_m), mlp.astype(np.float32)
+        self.threads = threads
+        self.executor = ThreadPoolExecutor(threads, thread_name_prefix="engine")
+        self.voxels = int(np.prod(layout.voxels))
+        self._start_features = random_features(layout)
+        self.slots = 0
+        self.rows = 0
+        self._free_slots: list[int] = []
+        self._free_rows: list[int] = []
+        self.slot_of: dict[Cell, int] = {}
+        self.near = np.full((1, 1), -1, np.int32)
+        self.far = np.full((1, 1), -1, np.int32)
+        self.first = np.zeros(4, np.int32)
+        self._allocate_slots(4)
+        self._allocate_rows(4)
+
+    # -- arrays ---------------------------------------------------------------------------------
+
+    def _allocate_slots(self, n: int) -> None:
+        self.box = _grown(self, "box", (n, 3))
+        self.band = _grown(self, "band", (n, 2))
+        self.features = _grown(self, "features", (n, self.layout.features))
+        self.weights = _grown(self, "weights", (n, MLP_SIZE))
+        self.density = _grown(self, "density", (n, self.voxels))
+        self.surface = _grown(self, "surface", (n, SURFACE, SURFACE))
+        self.seen = _grown(self, "seen", (n, SURFACE, SURFACE), np.uint8)
+        self.owner = _grown(self, "owner", (n,), np.int32)
+        self.owner[self.slots :] = -1
+        self._free_slots += list(range(n - 1, self.slots - 1, -1))
+        self.slots = n
+
+    def _allocate_rows(self, n: int) -> None:
+        texels = self.layout.features // CHANNELS
+        self.fisher = _grown(self, "fisher", (n, self.layout.features))
+        self.moment = _grown(self, "moment", (n, MLP_SIZE))
+        self.square = _grown(self, "square", (n, MLP_SIZE))
+        self.output_fisher = _grown(self, "output_fisher", (n, learn.FISHER_SIZE))
+        self.adam_steps = _grown(self, "adam_steps", (n,))
+        self.slot_of_row = _grown(self, "slot_of_row", (n,), np.int32)
+        self.transposed = np.zeros((n, TRANSPOSED_SIZE), np.float32)
+        self.gradient = [np.zeros((n, self.layout.features), np.float32) for _ in range(self.threads)]
+        self.weight_gradient = [np.zeros((n, MLP_SIZE), np.float32) for _ in range(self.threads)]
+        self.touched = [np.zeros(n * texels, np.uint8) for _ in range(self.threads)]
+        self.queue = [np.zeros(n * texels, np.int64) for _ in range(self.threads)]
+        self._free_rows += list(range(n - 1, self.rows - 1, -1))
+        self.rows = n
+        live = self.owner[self.owner >= 0]
+        if len(live):
+            self.refresh_transposed(live)
+
+    def refresh_transposed(self, rows: npt.NDArray[Any]) -> None:
+        """Bring the transposed weights of learning rows up to date."""
+        gathered = self.weights[self.slot_of_row[rows]]
+        scratch = np.empty((len(rows), TRANSPOSED_SIZE), np.float32)
+        transpose(gathered.reshape(-1), scratch.reshape(-1), np.arange(len(rows)))
+        self.transposed[rows] = scratch
+
+    # -- modules --------------------------------------------------------------------------------
+
+    def bounds(self, cell: Cell) -> tuple[float, float, float]:
+        """(x0, y0, edge) of a cell without margins, local metres."""
+        edge = self.cell_m * (FAR if cell[0] else 1)
+        return cell[1] * edge, cell[2] * edge, edge
+
+    def spawn(self, cell: Cell, low: float, high: float) -> Module:
+        """A module for `cell` with the shared initial parameters, able to learn.
+
+        `low`, `high` bound its height band in local metres. Algorithm 1, lines 18-20.
+        """
+        slot = self._take_slot(cell)
+        self.place(cell, slot, low, high)
+        self.features[slot] = self._start_features
+        self.weights[slot] = self.mlp
+        self.density[slot] = 0.02
+        self.surface[slot] = 0.5 * (low + high)
+        self.seen[slot] = 0
+        module = Module(cell, slot)
+        self.thaw(module)
+        return module
+
+    def place(self, cell: Cell, slot: int, low: float, high: float) -> None:
+        """Set a slot's box and height band, in local metres."""
+        x0, y0, edge = self.bounds(cell)
+        self.box[slot] = (x0 - MARGIN * edge, y0 - MARGIN * edge, edge * (1 + 2 * MARGIN))
+        self.band[slot] = (low, 1 / (high - low))
+
+    def _take_slot(self, cell: Cell) -> int:
+        if not self._free_slots:
+            self._allocate_slots(2 * self.slots)
+        slot = self._free_slots.pop()
+        self.slot_of[cell] = slot
+        self._rebuild_grid(cell[0])
+        return slot
+
+    def drop(self, cell: Cell) -> None:
+        """Take a frozen module out of memory; its place answers as unknown until it is loaded."""
+        slot = self.slot_of.pop(cell)
+        self.owner[slot] = -1
+        self._free_slots.append(slot)
+        self._rebuild_grid(cell[0])
+
+    def thaw(self, module: Module) -> None:
+        """Give a module the arrays it learns with, all zero."""
+        if not self._free_rows:
+            self._allocate_rows(2 * self.rows)
+        row = self._free_rows.pop()
+        module.row = row
+        self.owner[module.slot] = row
+        self.slot_of_row[row] = module.slot
+        self.reset_learning(row)
+
+    def reset_learning(self, row: int) -> None:
+        """Forget what a row has gathered: Fisher information and moments."""
+        for array in (self.fisher, self.moment, self.square, self.output_fisher, self.adam_steps):
+            array[row] = 0
+        self.refresh_transposed(np.array([row]))
+
+    def freeze(self, module: Module) -> None:
+        """From here on nothing writes to the module's slot."""
+        self.owner[module.slot] = -1
+        self._free_rows.append(module.row)
+        module.row = -1
+
+    def _rebuild_grid(self, level: int) -> None:
+        cells = [c for c in self.slot_of if c[0] == level]
+        if not cells:
+            grid, first = np.full((1, 1), -1, np.int32), (0, 0)
+        else:
+            xs, ys = [c[1] for c in cells], [c[2] for c in cells]
+            first = (min(xs), min(ys))
+            grid = np.full((max(ys) - first[1] + 1, max(xs) - first[0] + 1), -1, np.int32)
+            for cell in cells:
+                grid[cell[2] - first[1], cell[1] - first[0]] = self.slot_of[cell]
+        self.first = self.first.copy()
+        self.first[2 * level : 2 * level + 2] = first
+        if level:
+            self.far = grid
+        else:
+            self.near = grid
+
+    def scene(self) -> Scene:
+        """What kernels read; the arrays are the pool's own, not copies."""
+        live = list(self.slot_of.values())
+        low = self.band[live, 0].min() if live else 0.0
+        high = (self.band[live, 0] + 1 / self.band[live, 1]).max() if live else 0.0
+        return Scene(
+            cell=self.cell_m,
+            first=self.first,
+            near=self.near,
+            far=self.far,
+            z=np.array([low, high], np.float32),
+            box=self.box,
+            band=self.band,
+            features=self.features.reshape(-1),
+            feature_count=self.layout.features,
+            planes=self.layout.planes,
+            weights=self.weights.reshape(-1),
+            density=self.density,
+            voxels=np.array(self.layout.voxels, np.int32),
+            surface=self.surface,
+            seen=self.seen,
+            owner=self.owner,
+        )
+
+    # -- snapshots ------------------------------------------------------------------------------
+
+    def snapshot(self, module: Module, meta: dict[str, Any]) -> ModuleSnapshot:
+        """A module's arrays as they are committed; features, density and surface in half precision.
+
+        The slot takes the rounded values too, so that what is served is what was committed.
+        """
+        s = module.slot
+        arrays = {
+            "features": self.features[s].astype(np.float16),
+            "weights": self.weights[s].copy(),
+            "density": self.density[s].astype(np.float16),
+            "surface": self.surface[s].astype(np.float16),
+            "seen": self.seen[s].copy(),
+            "band": self.band[s].copy(),
+        }
+        self._write(s, arrays)
+        return ModuleSnapshot(module.id, module.version, arrays, meta)
+
+    def load(self, cell: Cell, arrays: dict[str, npt.NDArray[Any]]) -> int:
+        """Put committed arrays into a frozen slot; raises Corrupt when their shapes are wrong."""
+        slot = self.slot_of.get(cell)
+        if slot is None:
+            slot = self._take_slot(cell)
+        low, inverse = (float(v) for v in arrays["band"])
+        self.place(cell, slot, low, low + 1 / inverse)
+        self._write(slot, arrays)
+        self.owner[slot] = -1
+        return slot
+
+    def _write(self, slot: int, arrays: dict[str, npt.NDArray[Any]]) -> None:
+        for name in ("features", "weights", "density", "surface", "seen"):
+            target = getattr(self, name)[slot]
+            if arrays[name].shape != target.shape:
+                raise Corrupt(
+                    f"module array {name}: expected {target.shape}, received {arrays[name].shape}"
+                )
+            target[...] = arrays[name]
+
+    def memory_bytes(self) -> int:
+        """Bytes of every array that grows with the number of modules."""
+        slots = (self.features, self.weights, self.density, self.surface, self.seen)
+        rows = (self.fisher, self.moment, self.square, *self.gradient, *self.queue, *self.touched)
+        return sum(a.nbytes for a in (*slots, *rows))
+
+
+class Workspace:
+    """Tapes of a fixed number of rays, reused from step to step."""
+
+    def __init__(self, rays: int, samples: int) -> None:
+        self.rays, self.samples = rays, samples
+        self.tape: Tape = make_tape(rays, samples)
+
+
+def trace(
+    pool: ModulePool,
+    work: Workspace,
+    ro: F32,
+    rd: F32,
+    *,
+    steps: int,
+    uniform: float,
+    seed: int,
+    jitter: bool,
+    reach: float,
+) -> Scene:
+    """Run the forward pass of up to `work.rays` rays on every engine thread; returns the scene."""
+    scene, n = pool.scene(), len(ro)
+
+    def part(i: int) -> None:
+        a, b = n * i // pool.threads, n * (i + 1) // pool.threads
+        start = a * work.samples * 4
+        volume.forward(
+            scene, work.tape, ro, rd, a, b, work.samples, steps, np.float32(uniform), seed, jitter,
+            np.float32(reach), start,
+        )  # fmt: skip
+
+    list(pool.executor.map(part, range(pool.threads)))
+    return scene
+
+
+def _grown(pool: ModulePool, name: str, shape: tuple[int, ...], dtype: Any = np.float32) -> Any:
+    new = np.zeros(shape, dtype)
+    old = getattr(pool, name, None)
+    if old is not None:
+        new[: len(old)] = old
+    return new

@@ -1,0 +1,269 @@
+"""The shape of the ground, from the stream alone: height band, surface rasters, cells of rays.
+
+Points triangulated between frames bound the height; a sweep gives each cell its surface raster; the
+rasters say which cell each tile of each frame reaches, and what a new module starts from.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from mclnf_edge.engine import surface
+from mclnf_edge.engine.field import CHANNELS, SURFACE
+from mclnf_edge.engine.volume import FAR
+from mclnf_edge.mapping.frames import HeldFrame, triangulate
+from mclnf_edge.mapping.modules import Cell, Module, ModulePool
+
+F32 = npt.NDArray[np.float32]
+RASTER = 64
+"""Surface columns along one cell's edge."""
+
+_PAD = 4  # columns beyond each border, so that the smoothing has no seam
+_SWEEP_VIEWS = 16
+_PAINT_VIEWS = 16
+_NEAR_HEIGHTS = 2.5  # ground nearer than this many flying heights belongs to inner cells
+_FAR_HEIGHTS = 40.0  # beyond this there is no telling ground from sky
+_MIN_TILES = 12  # tiles over all frames before a cell is worth a module
+_ASSUMED_HEIGHT_M = 50.0  # when neither parallax nor the publisher tells
+_SOLID, _EMPTY = 1.0, 0.015  # starting densities per unit in and above the ground
+
+
+@dataclass
+class Structure:
+    """Points and rasters in local metres; `rasters[cell]` is (RASTER, RASTER) surface height."""
+
+    cell_m: float
+    points: F32 = field(default_factory=lambda: np.zeros((0, 3), np.float32))
+    rasters: dict[Cell, F32] = field(default_factory=dict)
+
+    def add_frame(self, frame: HeldFrame, others: list[HeldFrame], height_m: float | None) -> None:
+        """Triangulate a new frame against the two nearest earlier ones."""
+        near = sorted(others, key=lambda o: float(np.linalg.norm(o.eye - frame.eye)))
+        near = [o for o in near if np.linalg.norm(o.eye - frame.eye) > 0.05][:2]
+        found = [triangulate(frame, other) for other in near]
+        if height_m is not None:
+            below = frame.eye - np.array([0, 0, height_m], np.float32)
+            found.append(np.repeat(below[None], 8, axis=0))
+        if found:
+            self.points = np.concatenate([self.points, _plausible(np.concatenate(found), frame)])
+            self.points = self.points[-200_000:]
+
+    def ground(self, frame: HeldFrame) -> float:
+        """Typical ground height below a frame: the median of the points around it."""
+        if len(self.points) < 8:
+            return float(frame.eye[2]) - _ASSUMED_HEIGHT_M
+        d = np.linalg.norm(self.points[:, :2] - frame.eye[:2], axis=1)
+        nearest = self.points[np.argpartition(d, min(200, len(d) - 1))[:200], 2]
+        return min(float(np.median(nearest)), float(frame.eye[2]) - 1.0)
+
+    def band(self, cell: Cell, flying_m: float) -> tuple[float, float]:
+        """(lowest, highest) z a cell's module covers: the points around it and some room."""
+        edge = self.cell_m * (FAR if cell[0] else 1)
+        centre = (np.array(cell[1:]) + 0.5) * edge
+        around = self.points[np.abs(self.points[:, :2] - centre).max(1) < edge]
+        z = (around if len(around) >= 30 else self.points)[:, 2]
+        if len(z) == 0:
+            return -flying_m - 10.0, -flying_m + 10.0
+        low, high = np.percentile(z, (1, 99))
+        return float(low - 0.06 * flying_m), float(high + 0.12 * flying_m)
+
+    def height_at(self, level: int, xy: F32, default: F32) -> F32:
+        """(n,) raster heights at local points (n, 2), `default` where there is no raster."""
+        edge = self.cell_m * (FAR if level else 1)
+        out = default.copy()
+        index = np.floor(xy / edge).astype(np.int64)
+        for ix, iy in np.unique(index, axis=0):
+            raster = self.rasters.get((level, int(ix), int(iy)))
+            if raster is not None:
+                here = (index[:, 0] == ix) & (index[:, 1] == iy)
+                at = ((xy[here] / edge - (ix, iy)) * RASTER).astype(np.int64).clip(0, RASTER - 1)
+                out[here] = raster[at[:, 1], at[:, 0]]
+        return out
+
+    def hits(self, frame: HeldFrame) -> tuple[F32, npt.NDArray[np.bool_], float]:
+        """Where each tile's ray meets the ground, (n, 2), whether it does, and the flying height."""
+        d, _ = frame.tile_directions()
+        ground = self.ground(frame)
+        flying = max(float(frame.eye[2]) - ground, 1.0)
+        z = np.full(len(d), ground, np.float32)
+        down = d[:, 2] < -0.02
+        for _ in range(4):
+            t = np.where(down, (z - frame.eye[2]) / np.minimum(d[:, 2], -0.02), 0)
+            xy = frame.eye[:2] + d[:, :2] * t[:, None]
+            z = 0.5 * (z + self.height_at(0, xy.astype(np.float32), z))
+        ok = down & (np.linalg.norm(xy - frame.eye[:2], axis=1) < _FAR_HEIGHTS * flying)
+        return xy.astype(np.float32), ok, flying
+
+    def assign(self, frames: list[HeldFrame], frozen: set[Cell]) -> set[Cell]:
+        """Give every tile of every frame to one cell; returns all cells worth a module.
+
+        Cells in `frozen` always keep their tiles. A tile whose inner cell is seen too little
+        falls to the outer one.
+        """
+        near_of, far_of = {}, {}
+        near_count: dict[Cell, int] = defaultdict(int)
+        far_count: dict[Cell, int] = defaultdict(int)
+        for frame in frames:
+            xy, ok, flying = self.hits(frame)
+            close = ok & (np.linalg.norm(xy - frame.eye[:2], axis=1) < _NEAR_HEIGHTS * flying)
+            near_of[frame.id] = _cells(0, xy, close, self.cell_m)
+            far_of[frame.id] = _cells(1, xy, ok, self.cell_m * FAR)
+            for cell, tiles in near_of[frame.id].items():
+                near_count[cell] += len(tiles)
+        worth = {c for c, n in near_count.items() if n >= _MIN_TILES} | {
+            c for c in frozen if c[0] == 0
+        }
+        for frame in frames:
+            frame.tiles = {c: t for c, t in near_of[frame.id].items() if c in worth}
+            taken = np.concatenate([*frame.tiles.values(), np.zeros(0, np.int32)])
+            for cell, tiles in far_of[frame.id].items():
+                left = np.setdiff1d(tiles, taken)
+                if len(left):
+                    frame.tiles[cell] = left.astype(np.int32)
+                    far_count[cell] += len(left)
+        worth |= {c for c, n in far_count.items() if n >= _MIN_TILES or c in frozen}
+        for frame in frames:
+            frame.tiles = {c: t for c, t in frame.tiles.items() if c in worth}
+        return worth
+
+    def sweep(self, cell: Cell, frames: list[HeldFrame], low: float, high: float) -> None:
+        """Replace a cell's raster by what its frames' pictures agree on."""
+        edge = self.cell_m * (FAR if cell[0] else 1)
+        step = edge / RASTER
+        views = _best(frames, cell, _SWEEP_VIEWS)
+        levels = int(np.clip((high - low) / step, 16, 64))
+        zs = np.linspace(low, high, levels, dtype=np.float32)
+        h, _ = surface.heights(
+            cell[1] * edge - _PAD * step, cell[2] * edge - _PAD * step, step, RASTER + 2 * _PAD, zs,
+            np.stack([f.half for f in views]), np.stack([f.projection(0.5) for f in views]),
+        )  # fmt: skip
+        self.rasters[cell] = np.ascontiguousarray(h[_PAD:-_PAD, _PAD:-_PAD])
+
+    def around(self, cell: Cell) -> tuple[F32, float, float, float]:
+        """(raster, x0, y0, 1 / step) of a cell and its eight neighbours of the same level."""
+        edge = self.cell_m * (FAR if cell[0] else 1)
+        level, ix, iy = cell
+        out = np.full((3 * RASTER, 3 * RASTER), np.nan, np.float32)
+        for dy in range(3):
+            for dx in range(3):
+                raster = self.rasters.get((level, ix + dx - 1, iy + dy - 1))
+                if raster is not None:
+                    out[dy * RASTER : (dy + 1) * RASTER, dx * RASTER : (dx + 1) * RASTER] = raster
+        fallback = np.nanmedian(out) if np.isfinite(out).any() else 0.0
+        out[~np.isfinite(out)] = fallback
+        return out, (ix - 1) * edge, (iy - 1) * edge, RASTER / edge
+
+    def fit_exposures(self, cells: list[Cell], frames: list[HeldFrame]) -> None:
+        """Set the gains of frames not fitted yet from surface points that several frames see."""
+        if all(f.fitted for f in frames) or len(frames) < 2:
+            return
+        random = np.random.default_rng(0)
+        images, _, P, eyes = _pictures(frames)
+        values = []
+        for cell in cells:
+            raster, x0, y0, inverse = self.around(cell)
+            edge = RASTER / inverse
+            xy = random.uniform(0, edge, (max(64, 4096 // len(cells)), 2)).astype(np.float32)
+            seen = np.full((len(xy), len(frames), 3), -1, np.float32)
+            surface.observe(
+                xy[:, 0] + np.float32(x0 + edge), xy[:, 1] + np.float32(y0 + edge),
+                raster, np.float32(x0), np.float32(y0), np.float32(inverse), np.float32(1.0 / inverse),
+                images, P, eyes, seen,
+            )  # fmt: skip
+            values.append(seen)
+        fixed = np.array([f.fitted for f in frames])
+        gains = surface.fit_gains(
+            np.concatenate(values), fixed, np.stack([f.gain for f in frames]).astype(np.float32)
+        )
+        for frame, gain in zip(frames, gains, strict=True):
+            frame.gain, frame.fitted = np.clip(gain, -1.5, 1.5).astype(np.float32), True
+
+    def seed(self, pool: ModulePool, module: Module, frames: list[HeldFrame]) -> None:
+        """Write surface, seen counts, first density and surface colour into a module's slot."""
+        raster, rx, ry, inverse = self.around(module.cell)
+        s, layout = module.slot, pool.layout
+        x0, y0, extent = (float(v) for v in pool.box[s])
+        views = _best(frames, module.cell, _PAINT_VIEWS)
+        grid = (np.float32(rx), np.float32(ry), np.float32(inverse))
+        slack = np.float32(1.0 / inverse)
+        images, masks, P, eyes = _pictures(views)
+        gains = np.exp(np.stack([f.gain for f in views])).astype(np.float32)
+
+        def nodes(n: int, corner: float) -> F32:
+            return (np.arange(n) / (n - 1) * extent + corner).astype(np.float32)
+
+        seen = np.zeros((len(views), SURFACE, SURFACE), np.uint8)
+        at = (nodes(SURFACE, x0), nodes(SURFACE, y0))
+        surface.visibility(*at, raster, *grid, slack, masks, P, eyes, seen)
+        pool.seen[s] = seen.sum(0)
+        fine = int(layout.planes[0, 2])
+        color = np.zeros((fine, fine, 3), np.float32)
+        at = (nodes(fine, x0), nodes(fine, y0))
+        surface.paint(*at, raster, *grid, seen, images, P, gains, color)
+        logits = np.log(color.clip(0.02, 0.98) / (1 - color.clip(0.02, 0.98)))
+        plane = pool.features[s, : fine * fine * CHANNELS].reshape(fine, fine, CHANNELS)
+        plane[..., :3] = logits
+        pool.surface[s] = _sample(raster, nodes(SURFACE, x0 - rx), nodes(SURFACE, y0 - ry), inverse)
+        cx, cy, edge = pool.bounds(module.cell)
+        unit = edge / RASTER
+        surface.fill_density(
+            pool.density[s], layout.voxels, cx, cy, edge, float(pool.band[s, 0]),
+            float(1 / pool.band[s, 1]), raster, *grid, unit, _SOLID / unit, _EMPTY / unit,
+        )  # fmt: skip
+
+
+def _plausible(points: F32, frame: HeldFrame) -> F32:
+    """Points not far outside the spread of their frame's heights (four interquartile ranges)."""
+    if len(points) < 8:
+        return points
+    low, middle, high = np.percentile(points[:, 2], (25, 50, 75))
+    room = 4 * max(high - low, 0.03 * (frame.eye[2] - middle))
+    good = (points[:, 2] > low - room) & (points[:, 2] < min(high + room, float(frame.eye[2])))
+    return points[good]
+
+
+def _cells(
+    level: int, xy: F32, ok: npt.NDArray[np.bool_], edge: float
+) -> dict[Cell, npt.NDArray[np.int32]]:
+    index = np.floor(xy[ok] / edge).astype(np.int64)
+    tiles = np.flatnonzero(ok).astype(np.int32)
+    out: dict[Cell, npt.NDArray[np.int32]] = {}
+    for ix, iy in np.unique(index, axis=0):
+        here = (index[:, 0] == ix) & (index[:, 1] == iy)
+        out[(level, int(ix), int(iy))] = tiles[here]
+    return out
+
+
+def _best(frames: list[HeldFrame], cell: Cell, most: int) -> list[HeldFrame]:
+    """The frames that see most of a cell; ties go to the earlier one."""
+    seeing = [f for f in frames if cell in f.tiles]
+    return sorted(seeing, key=lambda f: (-len(f.tiles[cell]), f.id))[:most]
+
+
+def _pictures(
+    frames: list[HeldFrame],
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8], F32, F32]:
+    """Images, masks, projections and eyes, padded to the largest picture (the pad is masked)."""
+    h, w = max(f.size[1] for f in frames), max(f.size[0] for f in frames)
+    images = np.zeros((len(frames), h, w, 3), np.uint8)
+    masks = np.zeros((len(frames), h, w), np.uint8)
+    for i, f in enumerate(frames):
+        images[i, : f.size[1], : f.size[0]] = f.image
+        masks[i, : f.size[1], : f.size[0]] = f.mask
+    return images, masks, np.stack([f.projection() for f in frames]), np.stack([f.eye for f in frames])
+
+
+def _sample(raster: F32, xs: F32, ys: F32, inverse: float) -> F32:
+    """Bilinear samples of a raster at xs x ys metres from its corner."""
+    u = (xs * inverse - 0.5).clip(0, raster.shape[1] - 1.001)
+    v = (ys * inverse - 0.5).clip(0, raster.shape[0] - 1.001)
+    i, j = u.astype(int), v.astype(int)
+    a, b = u - i, (v - j)[:, None]
+    low = raster[j][:, i] * (1 - a) + raster[j][:, i + 1] * a
+    high = raster[j + 1][:, i] * (1 - a) + raster[j + 1][:, i + 1] * a
+    out: F32 = (low * (1 - b) + high * b).astype(np.float32)
+    return out
