@@ -158,7 +158,9 @@ def decode_depth(data: bytes, depth_scale_m: float, camera: Camera) -> npt.NDArr
         raise FrameRejected(
             f"depth: expected one 16-bit channel, received {units.dtype} of shape {units.shape}"
         )
-    return np.where(units > 0, units * np.float32(depth_scale_m), np.float32(np.nan))
+    metres = units * np.float32(depth_scale_m)
+    metres[units == 0] = np.nan
+    return np.asarray(metres, np.float32)
 
 
 def _decode(data: bytes, mode: int, camera: Camera) -> npt.NDArray[Any]:

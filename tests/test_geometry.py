@@ -120,7 +120,7 @@ def test_axis_tables_are_rotations() -> None:
 
 
 def test_world_axes_by_name() -> None:
-    """10 m north, 20 m east, 30 m down is ENU (20, 10, -30); DRB (down, right, backward) likewise."""
+    """10 m north, 20 m east, 30 m down is ENU (20, 10, -30); DRB is down, right, backward."""
     ned = convert_axes(pose_from(np.eye(3), [10, 20, 30]), world_axes="NED")
     assert ned[:3, 3].tolist() == [20.0, 10.0, -30.0]
     drb = convert_axes(pose_from(np.eye(3), [30, 20, -10]), world_axes="DRB")

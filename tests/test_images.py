@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -81,10 +82,8 @@ def test_other_headers_are_refused(data: bytes) -> None:
 
 @given(data=st.binary(max_size=60), start=st.sampled_from([b"\xff\xd8\xff", b"RIFF\0\0\0\0WEBP"]))
 def test_any_header_is_answered_or_refused(data: bytes, start: bytes) -> None:
-    try:
+    with suppress(FrameRejected):
         assert image_info(start + data).encoding in FILES
-    except FrameRejected:
-        pass
 
 
 @pytest.mark.parametrize(("encoding", "tolerance"), [("png", 0), ("jpeg", 6), ("webp", 12)])
