@@ -14,6 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import apsw
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -47,6 +49,7 @@ def main() -> int:
         "machine": platform.machine(),
         "python": platform.python_version(),
         "sqlite": sqlite3.sqlite_version,
+        "sqlite_recorded": apsw.sqlite_lib_version(),
         "seed": options.seed,
         "seconds": round(time.monotonic() - start, 1),
         "all fsyncs": whole,
