@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,21 +98,48 @@ class Mapper:
 
     # -- frames ---------------------------------------------------------------------------------
 
-    def add(self, frame_id: int, stream: str, frame: Frame, *, seen_rays: int = 0) -> str:
-        """Decode and hold a frame; "accepted" or "redundant". Raises FrameRejected."""
+    def add(self, frame_id: int, stream: str, frame: Frame, *, kept: list[Any] | None = None) -> None:
+        """Decode and hold a frame. Raises FrameRejected.
+
+        `kept` is what `checkpoint` wrote of this frame: rays trained so far and its exposure; its
+        matched points are in the checkpoint already.
+        """
         held = self._hold(frame_id, stream, frame)
         if self.structure is None:
-            self._begin(held, frame)
-        assert self.structure is not None
-        recent = list(self.frames.values())[-12:]
-        if self._hovers(held, recent):
-            return "redundant"
-        held.rays = seen_rays
-        self.structure.add_frame(held, recent, frame.height_m)
-        held.gain = self._guess_gain(held)
+            cell = self.config.cell_size_m
+            self.structure = Structure(1.0 if cell == "auto" else float(cell))
+        if kept is None:
+            self.structure.add_frame(held, list(self.frames.values())[-12:], frame.height_m)
+            held.gain = self._guess_gain(held)
+        else:
+            held.rays, held.fitted = int(kept[0]), bool(kept[1])
+            held.gain = np.array(kept[2:], np.float32)
         self.frames[frame_id] = held
         self._dirty = True
-        return "accepted"
+
+    @property
+    def hover_m(self) -> float:
+        """How far a camera must move before its picture adds parallax: 0.4 % of flying height."""
+        if self.structure is None or not self.frames or len(self.structure.points) < 30:
+            return 1e-3
+        last = next(reversed(self.frames.values()))
+        return 0.004 * max(float(last.eye[2]) - self.structure.ground(last), 1.0)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the pictures in memory."""
+        return sum(f.nbytes for f in self.frames.values())
+
+    def shed(self, budget_bytes: int) -> dict[int, int]:
+        """The oldest frames beyond a byte budget that had their minimum of rays; id -> rays."""
+        over, out = self.held_bytes - budget_bytes, {}
+        for frame in self.frames.values():
+            if over <= 0:
+                break
+            if frame.rays >= self.adapt.min_rays_per_frame:
+                out[frame.id] = frame.rays
+                over -= frame.nbytes
+        return out
 
     def _hold(self, frame_id: int, stream: str, frame: Frame) -> HeldFrame:
         image = decode_image(frame.image, frame.encoding, frame.camera)
@@ -141,23 +169,6 @@ class Mapper:
             (position - self.origin).astype(np.float32),
         )  # fmt: skip
 
-    def _begin(self, held: HeldFrame, frame: Frame) -> None:
-        """Choose the cell size; needs a flying height, so it waits for parallax unless told one."""
-        cell = self.config.cell_size_m
-        self.structure = Structure(1.0 if cell == "auto" else float(cell))
-
-    def _hovers(self, held: HeldFrame, recent: list[HeldFrame]) -> bool:
-        """Whether a frame adds no parallax: less than 0.4 % of the flying height from another."""
-        assert self.structure is not None
-        if len(self.structure.points) < 30:
-            return any(
-                np.linalg.norm(o.eye - held.eye) < 1e-3 and _angle(o, held) < 0.2 for o in recent
-            )
-        least = 0.004 * max(float(held.eye[2]) - self.structure.ground(held), 1.0)
-        return any(
-            np.linalg.norm(o.eye - held.eye) < least and _angle(o, held) < 1.0 for o in recent
-        )
-
     def _guess_gain(self, held: HeldFrame) -> F32:
         """A new frame starts from the exposure of its stream's nearest frame in time."""
         known = self.gains.get(held.stream)
@@ -166,18 +177,29 @@ class Mapper:
         return min(known, key=lambda item: abs(item[0] - held.timestamp))[1].copy()
 
     def gain(self, stream: str, timestamp: float | None) -> F32:
-        """Log exposure (3,) at a time, interpolated between a stream's frames; 0 when unknown."""
-        known = sorted(self.gains.get(stream, ()), key=lambda item: item[0])
+        """Log exposure (3,) at a time, interpolated between a stream's frames; 0 when unknown.
+
+        `stream` is "session/stream" or a stream's name alone, then in any session; "" is any.
+        """
+        known = [
+            item
+            for name, items in self.gains.items()
+            if stream in ("", name, name.rpartition("/")[2])
+            for item in items
+        ]
         if timestamp is None or not known:
             return np.zeros(3, np.float32)
+        known.sort(key=lambda item: item[0])
         times = np.array([t for t, _ in known])
         values = np.stack([g for _, g in known])
         return np.array([np.interp(timestamp, times, values[:, c]) for c in range(3)], np.float32)
 
     # -- structure ------------------------------------------------------------------------------
 
-    def settle(self) -> bool:
+    def settle(self, pause: Callable[[], None] = lambda: None) -> bool:
         """Bring cells, modules and seeds up to date with the frames; whether anything was done.
+
+        `pause` is called between modules, so that renders need not wait for all of them.
 
         A module is seeded again while it is young, each time its views have doubled: measured
         surfaces from more views beat what a few hundred steps have learned from fewer.
@@ -193,7 +215,7 @@ class Mapper:
         closed = {c for c, m in self.modules.items() if m.state in ("closed", "quarantined")}
         worth = self.structure.assign(frames, closed)
         seeds = [c for c in sorted(worth) if self._needs_seed(c, frames)]
-        self._seed(seeds, frames)
+        self._seed(seeds, frames, pause)
         now = time.monotonic()
         for frame in frames:
             for cell in frame.tiles:
@@ -241,7 +263,9 @@ class Mapper:
         young = module.row >= 0 and self._progress(module) < 0.5
         return young and views >= 2 * module.seeded_with
 
-    def _seed(self, cells: list[Cell], frames: list[HeldFrame]) -> None:
+    def _seed(
+        self, cells: list[Cell], frames: list[HeldFrame], pause: Callable[[], None]
+    ) -> None:
         assert self.structure is not None and self.pool is not None
         for cell in cells:
             seeing = [f for f in frames if cell in f.tiles]
@@ -254,6 +278,7 @@ class Mapper:
             slot = module.slot
             low = float(self.pool.band[slot, 0])
             self.structure.sweep(cell, seeing, low, low + 1 / float(self.pool.band[slot, 1]))
+            pause()
         if not cells:
             return
         involved = [f for f in frames if any(c in f.tiles for c in cells)]
@@ -264,6 +289,7 @@ class Mapper:
             self.pool.weights[module.slot] = self.pool.mlp
             self.pool.reset_learning(module.row)
             module.seeded_with = sum(cell in f.tiles for f in frames)
+            pause()
 
     def _remember_gains(self, frames: list[HeldFrame]) -> None:
         for f in frames:
@@ -472,7 +498,7 @@ class Mapper:
             for m in self.modules.values()
             if m.row >= 0
             and self._progress(m) >= 1
-            and (self.draining or now - m.last_frame_at > quiet)
+            and (self.draining or m.asked or now - m.last_frame_at > quiet)
         ]
 
     def close(self, module: Module) -> Closing:
@@ -572,7 +598,7 @@ class Mapper:
                 continue
             meta["modules"].append(
                 {"cell": list(m.cell), "version": m.version, "steps": m.steps, "rays": m.rays,
-                 "seeded_with": m.seeded_with, "frames": sorted(m.frames), "psnr": m.psnr}
+                 "seeded_with": m.seeded_with, "frames": sorted(m.frames), "psnr": m.psnr, "asked": m.asked}
             )  # fmt: skip
             for name in ("features", "weights", "density", "surface", "seen", "band"):
                 arrays[f"{m.id}/{name}"] = getattr(self.pool, name)[m.slot].copy()
@@ -614,16 +640,10 @@ class Mapper:
             self.pool.refresh_transposed(np.array([m.row]))
             m.version, m.steps, m.rays = item["version"], item["steps"], item["rays"]
             m.seeded_with, m.psnr = item["seeded_with"], item["psnr"]
+            m.asked = bool(item["asked"])
             m.frames, m.last_frame_at = set(item["frames"]), time.monotonic()
         for stream, known in meta["gains"].items():
             self.gains[stream] = [(t, np.array(g, np.float32)) for t, *g in known]
-
-    def resume_frame(self, frame_id: int, meta: dict[str, Any]) -> None:
-        """Give a frame added again after a restart the exposure and ray count it had."""
-        item, frame = meta.get("frames", {}).get(str(frame_id)), self.frames.get(frame_id)
-        if item is not None and frame is not None:
-            frame.rays, frame.fitted = int(item[0]), bool(item[1])
-            frame.gain = np.array(item[2:], np.float32)
 
 
 def _name(cell: Cell) -> str:
@@ -633,12 +653,6 @@ def _name(cell: Cell) -> str:
 def _cell(parts: list[Any]) -> Cell:
     level, ix, iy = (int(v) for v in parts)
     return level, ix, iy
-
-
-def _angle(a: HeldFrame, b: HeldFrame) -> float:
-    """Degrees between two viewing directions."""
-    cosine = float(np.dot(a.rotation[:, 2], b.rotation[:, 2]))
-    return float(np.degrees(np.arccos(np.clip(cosine, -1, 1))))
 
 
 def _running(old: float | None, new: float) -> float:

@@ -49,6 +49,7 @@ class Module:
     frames: set[int] = field(default_factory=set)
     last_frame_at: float = 0.0
     psnr: float | None = None
+    asked: bool = False
     digest: str = ""
 
     @property

@@ -1,0 +1,429 @@
+"""`serve`: the socket loop. Receives, checks, keeps, acknowledges; hands the rest to the worker.
+
+This thread never computes. A frame is acknowledged in the reply to the group commit that made it
+durable; renders, drains and states come back from the worker through `_outbox`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import signal
+import socket
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numba
+import numpy as np
+
+import mclnf_edge
+from mclnf_edge.config import ServeConfig
+from mclnf_edge.daemon.security import Keyring, check_role
+from mclnf_edge.daemon.sockets import Endpoint, Incoming
+from mclnf_edge.daemon.worker import RenderJob, Worker, pack_frame
+from mclnf_edge.errors import ConfigError, DiskFull, FrameRejected, MclnfError, ProtocolError
+from mclnf_edge.geometry import check_camera, check_pose, check_world, target_from_source
+from mclnf_edge.images import check_image, decode_image
+from mclnf_edge.mapping.initialization import load_init
+from mclnf_edge.store import DURABILITY, FrameRow, MapStore
+from mclnf_edge.types import Matrix4, WorldFrame
+from mclnf_edge.wire.codec import decode, encode, error_reply
+from mclnf_edge.wire.messages import (
+    MAX_MESSAGE_BYTES,
+    Ack,
+    Acks,
+    Closed,
+    CloseTask,
+    Drain,
+    Hello,
+    Message,
+    Progress,
+    PutFrame,
+    PutSignal,
+    RenderRequest,
+    StatusReply,
+    StatusRequest,
+    Welcome,
+    answer,
+    opengl_frame,
+)
+
+log = logging.getLogger(__name__)
+
+_PROGRESS_S = 0.5
+_BUSY_MS = 1000
+_MAX_ACKS = 1024
+_MAX_RENDERS = 256
+
+
+class _NoHello(ProtocolError):
+    code = "no-hello"
+
+
+@dataclass
+class _Stream:
+    """A stream that greeted on some connection: its axes and the transform into the map's world."""
+
+    axes: str
+    T_map_stream: Matrix4
+    last_pose: Matrix4 | None = None
+
+
+@dataclass
+class _Drainer:
+    peer: bytes
+    id: int
+    request: int
+    due: float
+
+
+def serve(
+    config: ServeConfig,
+    init: Path | None,
+    map_dir: Path,
+    bind: str,
+    device: str,
+    on_ready: Callable[[str], None],
+) -> int:
+    """Serve the map in `map_dir` at `bind` until SIGTERM or SIGINT; the process's exit code.
+
+    `on_ready(address)` is called once the map is restored and frames are taken. Raises InitError,
+    MapMismatch, StoreError, ConfigError or DeviceError before that; afterwards nothing is raised:
+    0 means drained and stopped, 1 that the compute thread failed or hung.
+    """
+    _configure_logging()
+    _check_device(device)
+    start = load_init(init)
+    keyring = None
+    if config.security.keys is not None:
+        keyring = Keyring.load(config.security.secret_file, config.security.authorised_file)
+    meta: dict[str, Any] = {"init": start.digest, "field": asdict(config.field)}
+    if config.map.cell_size_m != "auto":
+        meta["cell_size_m"] = config.map.cell_size_m
+    with MapStore.open(
+        map_dir, meta=meta, max_journal_bytes=config.map.journal_budget_bytes
+    ) as store:
+        endpoint = Endpoint(bind, keyring)
+        try:
+            return _Service(config, store, endpoint, Worker, start).run(on_ready)
+        finally:
+            endpoint.close()
+
+
+class _Service:
+    """The loop's state: who greeted, what waits for a commit, who waits for a drain."""
+
+    def __init__(
+        self, config: ServeConfig, store: MapStore, endpoint: Endpoint, worker: Any, init: Any
+    ) -> None:
+        self.config, self.store, self.endpoint = config, store, endpoint
+        self.worker: Worker = worker(config, store, init, self._post, _threads())
+        self._outbox: deque[tuple[bytes, Message]] = deque()
+        self._streams: dict[tuple[bytes, str, str], _Stream] = {}
+        self._rejected: dict[tuple[str, str], int] = defaultdict(int)
+        self._drainers: list[_Drainer] = []
+        self._started = time.monotonic()
+        self._stop = threading.Event()
+        self._notify = _Notifier()
+        self._full = False
+        self._commits = self._frames = 0
+
+    def run(self, on_ready: Callable[[str], None]) -> int:
+        """Restore, announce, loop, stop."""
+        previous: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                previous[number] = signal.signal(number, self._on_signal)
+        try:
+            self.worker.start()
+            while not self.worker.ready.wait(1.0):
+                self._notify.send("EXTEND_TIMEOUT_USEC=10000000")
+            if self.worker.error is not None:
+                raise self.worker.error
+            on_ready(self.endpoint.address)
+            self._notify.send("READY=1")
+            while not self._stop.is_set():
+                self._turn(self.endpoint.receive(100))
+                if not self._healthy():
+                    return self._give_up()
+            return self._shut_down()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._stop.set()
+        self.endpoint.wake()
+
+    # -- one round ------------------------------------------------------------------------------
+
+    def _turn(self, batch: list[Incoming]) -> None:
+        puts: list[tuple[bytes, PutFrame, FrameRow]] = []
+        acks: dict[bytes, list[Ack]] = defaultdict(list)
+        for incoming in batch:
+            try:
+                message = decode(incoming.parts)
+                check_role(incoming.user, message)
+                if isinstance(message, PutFrame):
+                    self._take(incoming, message, puts, acks)
+                else:
+                    self._handle(incoming.peer, message)
+            except MclnfError as error:
+                self.endpoint.send(incoming.peer, encode(error_reply(error, incoming.parts)))
+                log.warning("from %s: %s: %s", incoming.user.name, error.code, error)
+        if puts or self._rejected:
+            self._commit(puts, acks)
+        for peer, answers in acks.items():
+            for i in range(0, len(answers), _MAX_ACKS):
+                self._send(peer, Acks(acks=tuple(answers[i : i + _MAX_ACKS]), credit_bytes=self._credit(),
+                                      durability=DURABILITY))  # fmt: skip
+        self._flush()
+        self._tell_drainers()
+
+    def _take(
+        self,
+        incoming: Incoming,
+        put: PutFrame,
+        puts: list[tuple[bytes, PutFrame, FrameRow]],
+        acks: dict[bytes, list[Ack]],
+    ) -> None:
+        """Check a frame; queue it for the commit, or answer at once when it may not be used."""
+        stream = self._streams.get((incoming.peer, put.session, put.stream))
+        if stream is None:
+            raise _NoHello(f"{put.session}/{put.stream} has not said hello on this connection")
+        try:
+            frame = opengl_frame(put.frame, stream.axes)  # type: ignore[arg-type]
+            check_camera(frame.camera, "frame.camera")
+            pose = stream.T_map_stream @ check_pose(frame.T_world_camera, "frame.T_world_camera")
+            check_image(frame.image, frame.encoding, frame.camera)
+            decode_image(frame.image, frame.encoding, frame.camera)
+        except FrameRejected as error:
+            self._rejected[(put.session, put.stream)] += 1
+            acks[incoming.peer].append(answer(put, "rejected", error.code, str(error)))
+            log.warning("frame %s/%s #%d rejected: %s", *put.identity, error)
+            return
+        payload = None
+        if not self._hovers(stream, pose):
+            kept = replace(put, frame=replace(frame, T_world_camera=pose))
+            payload = pack_frame(encode(kept))
+        row = FrameRow(put.session, put.stream, frame.seq, frame.timestamp, payload)
+        puts.append((incoming.peer, put, row))
+
+    def _hovers(self, stream: _Stream, pose: Matrix4) -> bool:
+        """Whether a picture adds no parallax to the stream's last one; remembers the pose if not."""
+        last = stream.last_pose
+        if last is not None:
+            moved = float(np.linalg.norm(pose[:3, 3] - last[:3, 3]))
+            turned = float(np.dot(pose[:3, 2], last[:3, 2]))
+            if moved < self.worker.hover_m and turned > np.cos(np.radians(1.0)):
+                return True
+        stream.last_pose = pose
+        return False
+
+    def _commit(
+        self, puts: list[tuple[bytes, PutFrame, FrameRow]], acks: dict[bytes, list[Ack]]
+    ) -> None:
+        """One transaction for all frames of the round; they are answered after it is durable."""
+        try:
+            if self._full:
+                self.store.reopen()
+            statuses = self.store.put_frames([row for _, _, row in puts], self._rejected)
+            if self._full:
+                log.info("disk: room again")
+            self._full = False
+            self._rejected.clear()
+        except DiskFull as error:
+            if not self._full:
+                log.error("disk: %s; publishers are told busy", error)
+            self._full = True
+            for peer, put, _ in puts:
+                acks[peer].append(answer(put, "busy", error.code, str(error), _BUSY_MS))
+            return
+        for (peer, put, _), status in zip(puts, statuses, strict=True):
+            acks[peer].append(answer(put, status))
+        self._commits += 1
+        self._frames += len(puts)
+        if "accepted" in statuses:
+            self.worker.nudge()
+
+    def _handle(self, peer: bytes, message: Message) -> None:
+        if isinstance(message, Hello):
+            self._send(peer, self._greet(peer, message))
+        elif isinstance(message, RenderRequest):
+            self._queue_render(peer, message)
+        elif isinstance(message, StatusRequest):
+            self._send(peer, StatusReply.of(self._status(), id=message.id))
+        elif isinstance(message, CloseTask):
+            self._send(peer, Closed(id=message.id, tasks=self.worker.close_tasks()))
+        elif isinstance(message, Drain):
+            request = self.worker.drain(message.close)
+            self._drainers.append(_Drainer(peer, message.id, request, 0.0))
+        elif isinstance(message, PutSignal):
+            raise ProtocolError("put-signal: this map holds posed frames; its streams have poses")
+        else:
+            raise ProtocolError(f"{message.tag}: expected a request")
+
+    def _queue_render(self, peer: bytes, message: RenderRequest) -> None:
+        if self.worker.waiting >= _MAX_RENDERS:
+            raise ProtocolError(f"render: {_MAX_RENDERS} requests wait already; ask again later")
+        self.worker.submit(RenderJob(peer, message, time.monotonic()))
+
+    def _greet(self, peer: bytes, hello: Hello) -> Welcome:
+        if hello.modality != "posed":
+            raise ProtocolError(f"hello: expected modality posed, received {hello.modality}")
+        world = check_world(hello.world)
+        self.store.fix_meta({} if "world" in self.store.meta() else {"world": asdict(world)})
+        kept = self.store.meta()["world"]
+        origin = kept["origin"]
+        target = WorldFrame(kept["crs"], None if origin is None else tuple(origin))
+        transform = target_from_source(world, target)
+        self.store.put_stream(hello.session, hello.stream, {**asdict(hello), "world": asdict(world)})
+        self._streams[(peer, hello.session, hello.stream)] = _Stream(hello.axes, transform)
+        last = [s for s in self.store.streams() if (s["session"], s["stream"]) == (hello.session, hello.stream)]
+        log.info("stream %s/%s: hello from %s", hello.session, hello.stream, hello.client or "a client")
+        return Welcome(
+            id=hello.id,
+            server=f"mclnf-edge {mclnf_edge.__version__}",
+            credit_bytes=self._credit(),
+            last_seq=last[0]["last_seq"] if last and last[0]["last_seq"] is not None else -1,
+            limits={"message_bytes": MAX_MESSAGE_BYTES},
+            durability=DURABILITY,
+        )
+
+    def _credit(self) -> int:
+        """Each publisher's share of the bytes that may be unanswered."""
+        publishers = len({peer for peer, _, _ in self._streams}) or 1
+        return max(self.config.wire.credit_bytes // publishers, 256 * 1024)
+
+    # -- answers --------------------------------------------------------------------------------
+
+    def _post(self, peer: bytes, message: Message) -> None:
+        """Called by the worker: queue an answer and wake the loop."""
+        self._outbox.append((peer, message))
+        self.endpoint.wake()
+
+    def _flush(self) -> None:
+        while self._outbox:
+            self._send(*self._outbox.popleft())
+
+    def _send(self, peer: bytes, message: Message) -> None:
+        self.endpoint.send(peer, encode(message))
+
+    def _tell_drainers(self) -> None:
+        now = time.monotonic()
+        for drainer in list(self._drainers):
+            if now < drainer.due:
+                continue
+            progress = self.worker.progress_of(drainer.request)
+            drainer.due = now + _PROGRESS_S
+            told = self.endpoint.send(drainer.peer, encode(replace(progress, id=drainer.id)))
+            if progress.done or not told:
+                self._drainers.remove(drainer)
+
+    def _status(self) -> dict[str, Any]:
+        state = self.worker.state
+        streams = [
+            {k: s[k] for k in ("session", "stream", "accepted", "duplicate", "redundant", "rejected", "last_seq")}
+            for s in self.store.streams()
+        ]
+        return {
+            **state,
+            "version": mclnf_edge.__version__,
+            "streams": streams,
+            "device": "cpu",
+            "memory_mb": _resident_mb(),
+            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "cpu_s": time.process_time(),
+            "uptime_s": time.monotonic() - self._started,
+            "journal_bytes": self.store.journal_bytes(),
+            "commits": self._commits,
+            "frames_kept": self._frames,
+            "dropped": dict(self.endpoint.dropped),
+            "health": {
+                "compute_beat_s": time.monotonic() - self.worker.beat,
+                "disk_full": self._full or bool(state.get("disk_full")),
+            },
+        }
+
+    # -- life -----------------------------------------------------------------------------------
+
+    def _healthy(self) -> bool:
+        stalled = time.monotonic() - self.worker.beat
+        if self.worker.error is not None or not self.worker.is_alive():
+            log.critical("compute thread ended: %r", self.worker.error)
+            return False
+        if stalled > self.config.watch.hang_s:
+            log.critical("compute thread stalled for %.0f s", stalled)
+            return False
+        self._notify.watchdog()
+        return True
+
+    def _give_up(self) -> int:
+        """A daemon that answers but cannot learn is worse than none: end, the supervisor restarts."""
+        logging.shutdown()
+        if self.worker.is_alive():  # stuck in native code: nothing else ends it
+            os._exit(1)
+        return 1
+
+    def _shut_down(self) -> int:
+        self._notify.send("STOPPING=1")
+        self.worker.stop()
+        self.worker.join(self.config.watch.drain_s)
+        if self.worker.is_alive():
+            log.error("compute thread did not stop within %.0f s", self.config.watch.drain_s)
+            return self._give_up()
+        self._flush()
+        log.info("stopped after %.0f s, %d frames kept", time.monotonic() - self._started, self._frames)
+        return 0 if self.worker.error is None else 1
+
+
+class _Notifier:
+    """systemd's notification socket, when there is one (Type=notify)."""
+
+    def __init__(self) -> None:
+        self._address = os.environ.get("NOTIFY_SOCKET")
+        self._due = 0.0
+
+    def send(self, state: str) -> None:
+        """Tell the supervisor; a missing one is no fault."""
+        if not self._address:
+            return
+        address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
+                out.sendto(state.encode(), address)
+        except OSError as error:
+            log.warning("systemd notification: %s", error)
+
+    def watchdog(self) -> None:
+        """Feed the watchdog once a second; only the loop that proved progress calls this."""
+        now = time.monotonic()
+        if now >= self._due:
+            self._due = now + 1.0
+            self.send("WATCHDOG=1")
+
+
+def _check_device(device: str) -> None:
+    if device == "cuda":
+        raise ConfigError("--device cuda: the fast field's kernels run on the CPU; use cpu or auto")
+
+
+def _threads() -> int:
+    return max(1, min(numba.config.NUMBA_NUM_THREADS, len(os.sched_getaffinity(0)), 8))
+
+
+def _resident_mb() -> float:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / 1e6
+
+
+def _configure_logging() -> None:
+    if not logging.getLogger().handlers:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")

@@ -1,0 +1,433 @@
+"""The compute thread: feeds accepted frames to the mapper, trains, commits, renders.
+
+One thread owns the mapper. Between two optimization steps it answers every waiting render, so a
+view waits for one step at most. Frames come from the ledger alone, new or after a restart: there is
+one path, and nothing that was acknowledged can be missed.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgpack
+
+from mclnf_edge.config import ServeConfig
+from mclnf_edge.errors import Corrupt, DiskFull, MclnfError, ProtocolError, StoreError
+from mclnf_edge.geometry import check_camera, check_pose
+from mclnf_edge.images import encode_image
+from mclnf_edge.inference.renderer import Renderer
+from mclnf_edge.mapping.initialization import Initialization
+from mclnf_edge.mapping.mapper import Mapper
+from mclnf_edge.store import MapStore, module_info
+from mclnf_edge.types import Render, View
+from mclnf_edge.wire.codec import decode
+from mclnf_edge.wire.messages import (
+    ErrorReply,
+    Message,
+    Progress,
+    PutFrame,
+    RenderReply,
+    RenderRequest,
+)
+from mclnf_edge.wire.planes import pack_plane
+
+log = logging.getLogger(__name__)
+
+OPEN_WORK = "open"
+"""Name of the checkpoint of everything that still learns."""
+
+_INGEST_SLICE_S = 0.25
+_COMPUTE_ENGINE = "kernels"
+
+
+def pack_frame(parts: list[bytes]) -> bytes:
+    """A frame's message parts as one ledger payload."""
+    packed: bytes = msgpack.packb(parts, use_bin_type=True)
+    return packed
+
+
+def unpack_frame(payload: bytes) -> PutFrame:
+    """The frame of a ledger payload; raises ProtocolError when it is not one."""
+    message = decode(msgpack.unpackb(payload, raw=False))
+    if not isinstance(message, PutFrame):
+        raise Corrupt(f"ledger payload: expected put-frame, received {message.tag}")
+    return message
+
+
+@dataclass(frozen=True)
+class RenderJob:
+    """A render request, who asked, and when it came in (monotonic seconds)."""
+
+    peer: bytes
+    request: RenderRequest
+    arrived: float
+
+
+class Worker(threading.Thread):
+    """Start it, `submit` renders, `nudge` it when frames were kept, `stop` and `join` it.
+
+    `send(peer, message)` and `done()` are called from this thread. `error` holds what ended the
+    thread, None while it is sound. `state` is replaced as a whole, never changed.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        store: MapStore,
+        init: Initialization,
+        send: Callable[[bytes, Message], None],
+        threads: int,
+    ) -> None:
+        super().__init__(name="compute", daemon=True)
+        self.config, self.store, self._send = config, store, send
+        self.mapper = Mapper(config.map, config.field, config.adapt, init.mlp, threads)
+        self.renderer = Renderer()
+        self.error: BaseException | None = None
+        self.beat = time.monotonic()
+        self.ready = threading.Event()
+        self.state: dict[str, Any] = {"modules": [], "engine": _COMPUTE_ENGINE, "steps": 0}
+        self._progress = (0, Progress())
+        self._drains = 0
+        self.hover_m = 1e-3
+        self.rejected: deque[tuple[str, str, int, str]] = deque(maxlen=256)
+        self._renders: deque[RenderJob] = deque()
+        self._wake = threading.Condition()
+        self._work = True
+        self._stopping = False
+        self._drain = False
+        self._close_asked = False
+        self._last_id = 0
+        self._ingested_all = False
+        self._versions = 0
+        self._kept: dict[str, Any] = {}
+        self._checkpoint_due = time.monotonic() + config.watch.checkpoint_s
+        self._rate: deque[tuple[float, float]] = deque(maxlen=40)
+        self._committed: dict[str, dict[str, Any]] = {}
+        self._full = False
+
+    # -- from other threads ---------------------------------------------------------------------
+
+    def submit(self, job: RenderJob) -> None:
+        """Queue a render."""
+        with self._wake:
+            self._renders.append(job)
+            self._wake.notify()
+
+    @property
+    def waiting(self) -> int:
+        """Renders that wait."""
+        return len(self._renders)
+
+    def progress_of(self, request: int) -> Progress:
+        """How far the work is; done only when it was so after drain `request` was made."""
+        seen, now = self._progress
+        return replace(now, done=now.done and seen >= request)
+
+    def nudge(self) -> None:
+        """Frames were kept, or something was asked: look."""
+        with self._wake:
+            self._work = True
+            self._wake.notify()
+
+    def drain(self, close: bool) -> int:
+        """Adapt all there is; with `close`, close every task too. The request's number."""
+        with self._wake:
+            self._drains += 1
+            self._drain = self._drain or close
+            request = self._drains
+        self.nudge()
+        return request
+
+    def close_tasks(self) -> tuple[str, ...]:
+        """Ask every open task to close when its budget is spent; their names."""
+        self._close_asked = True
+        self.nudge()
+        return tuple(m["id"] for m in self.state["modules"] if m["state"] != "closed")
+
+    def stop(self) -> None:
+        """End after the current step, with a checkpoint of the open work."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+
+    # -- the thread -----------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Restore, then work until stopped."""
+        try:
+            self._restore()
+            self._publish_state()
+            self.ready.set()
+            while not self._stopping:
+                if not self._turn():
+                    self._sleep()
+            self._checkpoint()
+        except BaseException as error:
+            log.exception("compute thread failed")
+            self.error = error
+            self.ready.set()
+
+    def _turn(self) -> bool:
+        """One round; False when there was nothing to do."""
+        self.beat = time.monotonic()
+        self._serve_renders()
+        busy = self._ingest()
+        if self._close_asked:
+            self._close_asked = False
+            for module in self.mapper.modules.values():
+                module.asked = module.row >= 0 or module.asked
+        self.mapper.draining = self._drain and self._ingested_all
+        if self.mapper.settle(self._pause):
+            busy = True
+        if self.mapper.step() is not None:
+            busy = True
+        self._commit_finished()
+        self._let_go_unused()
+        if time.monotonic() >= self._checkpoint_due:
+            self._checkpoint()
+        self._publish_state()
+        return busy
+
+    def _pause(self) -> None:
+        self.beat = time.monotonic()
+        self._serve_renders()
+
+    def _sleep(self) -> None:
+        with self._wake:
+            if not (self._work or self._renders or self._stopping):
+                self._wake.wait(0.5)
+            self._work = False
+
+    def _restore(self) -> None:
+        for record in self.store.modules():
+            if record.state != "closed":
+                self._committed[f"{record.id}.{record.version}"] = module_info(record)
+                continue
+            try:
+                snapshot = self.store.load_module(record.id, record.version)
+                self.mapper.adopt(snapshot.arrays, snapshot.meta, record.version, record.digest)
+            except Corrupt as error:
+                log.error("task %s version %d quarantined: %s", record.id, record.version, error)
+                self.store.quarantine(record.id, record.version)
+                self._committed[f"{record.id}.{record.version}"] = {**module_info(record), "state": "quarantined"}
+                continue
+            self._committed[record.id] = module_info(record)
+            self._versions += 1
+        kept = self.store.checkpoint_load(OPEN_WORK)
+        if kept is not None:
+            self.mapper.restore(*kept)
+            self._kept = kept[1].get("frames", {})
+        log.info("map has %d closed modules, %d open", self._versions, len(self.mapper.modules) - self._versions)
+
+    def _ingest(self) -> bool:
+        """Hand the ledger's next frames to the mapper, for a short while."""
+        end, any_frame = time.monotonic() + _INGEST_SLICE_S, False
+        self._ingested_all = False
+        while time.monotonic() < end:
+            if self.mapper.held_bytes > self.config.map.frame_budget_bytes and not self._make_room():
+                return any_frame
+            held = next(iter(self.store.held_frames(self._last_id, 1)), None)
+            if held is None:
+                self._ingested_all = True
+                break
+            self._last_id, any_frame = held.id, True
+            try:
+                put = unpack_frame(held.payload)
+                stream = f"{held.session}/{held.stream}"
+                self.mapper.add(held.id, stream, put.frame, kept=self._kept.pop(str(held.id), None))
+            except MclnfError as error:
+                log.warning("frame %d (%s/%s #%d) let go: %s", held.id, held.session, held.stream, held.seq, error)
+                self.rejected.append((held.session, held.stream, held.seq, str(error)))
+                self.store.let_go({held.id: 0})
+            self._serve_renders()
+        self.hover_m = self.mapper.hover_m
+        return any_frame
+
+    def _make_room(self) -> bool:
+        """Let the oldest sufficiently trained frames go; whether any went."""
+        gone = self.mapper.shed(self.config.map.frame_budget_bytes * 3 // 4)
+        if gone:
+            self._checkpoint()  # what they taught must be durable before they go
+            self.store.let_go(gone)
+            self.mapper.forget(gone)
+        return bool(gone)
+
+    def _commit_finished(self) -> None:
+        for module in self.mapper.finished():
+            closing = self.mapper.close(module)
+            record = self._stored(lambda c=closing: self.store.commit_module(c.snapshot, c.let_go))  # type: ignore[misc]
+            module.digest = record.digest
+            self._committed[record.id] = module_info(record)
+            self._versions += 1
+            self.mapper.forget(closing.let_go)
+            log.info("task %s committed as version %d", record.id, record.version)
+            self._serve_renders()
+
+    def _stored(self, write: Callable[[], Any]) -> Any:
+        """Repeat a write until the disk takes it; renders go on meanwhile."""
+        while True:
+            try:
+                result = write()
+                self._full = False
+                return result
+            except DiskFull as error:
+                if not self._full:
+                    log.error("disk: %s; waiting for room", error)
+                self._full = True
+                if self._stopping:
+                    raise
+                self._pause()
+                time.sleep(0.5)
+                try:
+                    self.store.reopen()
+                except StoreError:
+                    continue
+
+    def _let_go_unused(self) -> None:
+        if self._drain and self._ingested_all:
+            gone = self.mapper.unused()
+            if gone:
+                self._stored(lambda: self.store.let_go(gone))
+                self.mapper.forget(gone)
+
+    def _checkpoint(self) -> None:
+        arrays, meta = self.mapper.checkpoint()
+        try:
+            self.store.checkpoint_save(OPEN_WORK, arrays, meta)
+        except DiskFull as error:
+            log.error("checkpoint: %s", error)
+        self._checkpoint_due = time.monotonic() + self.config.watch.checkpoint_s
+
+    # -- renders --------------------------------------------------------------------------------
+
+    def _serve_renders(self) -> None:
+        while True:
+            with self._wake:
+                if not self._renders:
+                    return
+                job = self._renders.popleft()
+            try:
+                self._answer(job)
+            except MclnfError as error:
+                self._send(job.peer, ErrorReply(id=job.request.id, code=error.code, message=str(error)))
+
+    def _answer(self, job: RenderJob) -> None:
+        request = job.request
+        waited = (time.monotonic() - job.arrived) * 1e3
+        if request.deadline_ms and waited > request.deadline_ms:
+            late = f"waited {waited:.0f} ms of {request.deadline_ms} ms"
+            self._send(job.peer, ErrorReply(id=request.id, code="stale", message=late))
+            return
+        view = _sized(request)
+        small = replace(view, camera=_preview(view, self.config.render.preview_px))
+        if request.quality in ("preview", "progressive"):
+            self._send(job.peer, self._reply(request, small, final=request.quality == "preview"))
+        if request.quality != "preview":
+            self._send(job.peer, self._reply(request, view, final=True))
+
+    def _reply(self, request: RenderRequest, view: View, *, final: bool) -> RenderReply:
+        start = time.monotonic()
+        mapper = self.mapper
+        gain = mapper.gain(view.stream, view.timestamp)
+        done = self.renderer.render(mapper.pool, mapper.origin, view, gain, self._versions)
+        ms = (time.monotonic() - start) * 1e3
+        return RenderReply(
+            id=request.id,
+            data=_encoded(done, request),
+            encoding=request.encoding,
+            width=view.camera.width,
+            height=view.camera.height,
+            depth=pack_plane(done.depth, "float32") if "depth" in request.want else None,
+            known=pack_plane(done.known, "float16") if "known" in request.want else None,
+            map_version=self._versions,
+            modules=done.modules[:4096],
+            engine=_COMPUTE_ENGINE,
+            ms=ms,
+            final=final,
+        )
+
+    # -- what others see ------------------------------------------------------------------------
+
+    def _publish_state(self) -> None:
+        mapper, asked, draining = self.mapper, self._drains, self._drain
+        modules = list(self._committed.values())
+        for m in mapper.modules.values():
+            if m.row >= 0:
+                state = "adapting" if draining else "open"
+                modules.append(
+                    {"id": m.id, "version": m.version, "state": state, "digest": ""}
+                    | {k: mapper.describe(m)[k] for k in ("steps", "frames", "bounds", "psnr")}
+                )
+        learning = [m for m in mapper.modules.values() if m.row >= 0]
+        done = mapper.progress()
+        now = time.monotonic()
+        self._rate.append((now, done))
+        held = not self._ingested_all or any(True for _ in self.store.held_frames(self._last_id, 1))
+        finished = not held and (not mapper.frames if draining else done >= 1)
+        with self._wake:
+            if finished and asked == self._drains:
+                self._drain = False
+        progress = Progress(
+            done=finished,
+            frames_waiting=len(mapper.frames),
+            modules_open=len(learning),
+            modules_closed=self._versions,
+            steps=mapper.steps,
+            psnr=mapper.psnr,
+            seconds_left=_seconds_left(self._rate),
+        )
+        self._progress = (asked, progress)
+        self.state = {
+            "modules": modules,
+            "engine": _COMPUTE_ENGINE,
+            "steps": mapper.steps,
+            "frames_held": len(mapper.frames),
+            "cell_size_m": None if mapper.pool is None else mapper.pool.cell_m,
+            "psnr": mapper.psnr,
+            "progress": done,
+            "arrays_mb": 0.0 if mapper.pool is None else mapper.pool.memory_bytes() / 1e6,
+            "disk_full": self._full,
+        }
+
+
+def _seconds_left(rate: deque[tuple[float, float]]) -> float | None:
+    (t0, a), (t1, b) = rate[0], rate[-1]
+    if b >= 1 or t1 - t0 < 1 or b <= a:
+        return 0.0 if b >= 1 else None
+    return float((1 - b) * (t1 - t0) / (b - a))
+
+
+def _sized(request: RenderRequest) -> View:
+    """The view at the size that was asked for; raises FrameRejected or ProtocolError."""
+    if request.view is None:
+        raise ProtocolError("render: expected a view; this map holds posed frames")
+    view = request.view
+    check_pose(view.T_world_camera, "view")
+    camera = replace(check_camera(view.camera, "view"), model="PINHOLE", distortion=())
+    if request.width or request.height:
+        width = request.width or max(round(camera.width * request.height / camera.height), 1)
+        height = request.height or max(round(camera.height * request.width / camera.width), 1)
+        camera = camera.scaled(width, height)
+    if camera.width * camera.height > 16_000_000:
+        raise ProtocolError(f"render: expected at most 16 megapixels, received {camera.width}x{camera.height}")
+    return replace(view, camera=camera)
+
+
+def _preview(view: View, pixels: int) -> Any:
+    camera = view.camera
+    scale = min(1.0, pixels / camera.width)
+    return camera.scaled(max(round(camera.width * scale), 1), max(round(camera.height * scale), 1))
+
+
+def _encoded(done: Render, request: RenderRequest) -> bytes:
+    if request.encoding == "raw":
+        return done.rgb.tobytes()
+    if request.encoding == "jpeg":
+        return encode_image(done.rgb, "jpeg")
+    return encode_image(done.rgb, "png")

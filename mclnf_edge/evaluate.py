@@ -1,0 +1,95 @@
+"""Renders against held-out frames: the figures of `mclnf-edge eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mclnf_edge.captures import Capture, SplitFilter, view_of
+from mclnf_edge.errors import CaptureError, ConfigError
+from mclnf_edge.images import decode_image, undistort
+from mclnf_edge.maths.metrics import aligned, psnr, ssim
+from mclnf_edge.types import Render, View
+
+KNOWN = 0.5
+"""A pixel counts as known when at least this share of its ray ends in seen matter."""
+
+
+def evaluate(
+    capture: Capture,
+    render: Callable[[View], Render],
+    split: SplitFilter = "test",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Render every frame of `split` and compare it with its picture.
+
+    `psnr` takes every pixel (unknown ones are mid-grey), `psnr_known` the known ones, `psnr_aligned`
+    every pixel after one affine colour fit per view; `ssim` every pixel. The means are over views.
+    A view's exposure comes from its time, never from its pixels. Raises CaptureError when the split
+    is empty.
+    """
+    frames = capture.split(split).frames
+    if not len(frames):
+        raise CaptureError(f"{capture.name}: no frame of split {split!r}")
+    views = []
+    for i, frame in enumerate(frames):
+        picture = decode_image(frame.image, frame.encoding, frame.camera)
+        truth, camera, valid = undistort(picture, frame.camera)
+        view = view_of(frame, capture.name)
+        done = render(View(camera, view.T_world_camera, view.timestamp, view.stream, view.exposure))
+        views.append({"frame": frame.name or str(frame.seq), **compare(done, truth, valid)})
+        progress(i + 1, len(frames))
+    means = {
+        key: _mean([v[key] for v in views])
+        for key in ("psnr", "psnr_known", "psnr_aligned", "ssim", "known")
+    }
+    return {"capture": capture.name, "split": split, **means, "views": views}
+
+
+def compare(
+    done: Render, truth: npt.NDArray[np.uint8], valid: npt.NDArray[np.bool_]
+) -> dict[str, float | None]:
+    """One view's figures (dB, SSIM, known share); pixels outside `valid` do not count."""
+    known = (done.known >= KNOWN) & valid
+    return {
+        "psnr": psnr(done.rgb, truth, valid),
+        "psnr_known": psnr(done.rgb, truth, known) if known.any() else None,
+        "psnr_aligned": aligned(done.rgb, truth, valid),
+        "ssim": ssim(done.rgb, truth),
+        "known": float(known.sum() / max(valid.sum(), 1)),
+    }
+
+
+def local_renderer(map_dir: Path, device: str = "auto") -> Callable[[View], Render]:
+    """A renderer over the closed modules of a map on disk, without a daemon.
+
+    Raises StoreError when there is no map, Corrupt when a module's checksum is wrong.
+    """
+    from mclnf_edge.config import FieldConfig, ServeConfig
+    from mclnf_edge.inference.renderer import Renderer
+    from mclnf_edge.mapping.mapper import Mapper
+    from mclnf_edge.store import MapStore
+
+    if device == "cuda":
+        raise ConfigError("--device cuda: the fast field's kernels run on the CPU; use cpu or auto")
+    settings = ServeConfig()
+    with MapStore.open(map_dir, create=False, read_only=True) as store:
+        field = FieldConfig(**store.meta()["field"])
+        mapper = Mapper(settings.map, field, settings.adapt)
+        for record in store.modules():
+            if record.state == "closed":
+                snapshot = store.load_module(record.id, record.version)
+                mapper.adopt(snapshot.arrays, snapshot.meta, record.version, record.digest)
+    renderer = Renderer()
+    return lambda view: renderer.render(
+        mapper.pool, mapper.origin, view, mapper.gain(view.stream, view.timestamp)
+    )
+
+
+def _mean(values: list[float | None]) -> float | None:
+    numbers = [v for v in values if v is not None]
+    return float(np.mean(numbers)) if numbers else None
