@@ -86,13 +86,14 @@ class AdaptConfig(Section):
     passes: float = setting(1.0, above=0, high=1000)
     rays_per_step: int = setting(2048, 1, 1 << 20)
     lr: float = setting(0.06, above=0, high=10)
-    lr_mlp: float = setting(0.004, above=0, high=10)
+    lr_mlp: float = setting(0.0005, above=0, high=10)
     weighting: Literal["none", "output-layer"] = "output-layer"
     fisher_lambda: float = setting(0.1, 0)
     fisher_damping: float = setting(0.1, above=0)
     weight_clamp: float = setting(10.0, 1)
     robust_cap: float = setting(4.0, above=0)
     min_rays_per_frame: int = setting(2048, 1)
+    budget_s_per_frame: float = setting(4.0, above=0)
     seed: int = setting(0, 0, 2**31 - 1)
 
 

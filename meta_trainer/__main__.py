@@ -1,4 +1,4 @@
-"""`python -m meta_trainer train|evaluate|reproduce|report`: thin commands."""
+"""`python -m meta_trainer train|city|evaluate|reproduce|report`: thin commands."""
 
 from __future__ import annotations
 
@@ -32,6 +32,26 @@ def train(
     from meta_trainer.trainer import train as run
 
     typer.echo(run(load_config(config), root))
+
+
+@app.command()
+def city(
+    config: Annotated[Path, typer.Option(help="YAML file, see configs/meta/city.yaml.")],
+    flights: Annotated[Path, typer.Option(help="Folder of generated flights, see docs/city.md.")],
+    out: Annotated[Path, typer.Option(help="Initialization to write, for `serve --init`.")],
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the engine.")] = 1,
+) -> None:
+    """Learn the daemon's initialization; started again it goes on where it stopped."""
+    from meta_trainer.city_init import load_city_config
+    from meta_trainer.city_init import train as run
+
+    settings = load_city_config(config)
+
+    def tell(done: int, psnr: float) -> None:
+        typer.echo(f"episode {done}/{settings.episodes}: training PSNR {psnr:.2f} dB", err=True)
+
+    run(settings, flights, out, tell, threads)
+    typer.echo(out)
 
 
 @app.command()

@@ -1,135 +1,305 @@
-"""The daemon's shipped initialization: Reptile over generated flights, with the daemon's own engine.
+"""The daemon's shipped initialization, learned over generated flights with the daemon's own engine.
 
 Each flight is held, swept and seeded once by the same `Mapper` that `serve` runs. An episode starts
-every module of one flight from the shared parameters, takes k of the daemon's steps (same update
-rule, batch and Fisher weights), and moves the shared parameters towards the mean of what the modules
-arrived at: Reptile (Nichol et al. 2018), the first-order member of the paper's outer loop
-(Algorithm 1, lines 2-8). The compiled kernels have no second derivative; `meta_trainer.trainer` has
-second order for the fields that torch differentiates.
+every module of one flight from the shared parameters and takes the daemon's steps (same update
+rule, batch and Fisher weights): `inner_steps` on rays of the context frames, then `query_steps` on
+rays of the frames between them. The shared parameters follow
+
+* `query_steps` 0, every frame context: where the modules arrived. Reptile (Nichol et al. 2018).
+* else: what the modules moved by in the query steps alone. First-order MAML (Finn et al. 2017),
+  the gradient at the adapted parameters taken in the daemon's preconditioned steps.
+
+Both are first-order members of the paper's outer loop (Algorithm 1, lines 2-8). The compiled
+kernels have no second derivative; `meta_trainer.trainer` has second order, for fields in torch.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import numpy.typing as npt
+import yaml
 
 from mclnf_edge.captures import open_capture
-from mclnf_edge.config import ServeConfig
+from mclnf_edge.config import Section, ServeConfig, setting
 from mclnf_edge.engine.field import random_mlp
-from mclnf_edge.errors import InitError
+from mclnf_edge.errors import CaptureError, ConfigError, InitError
+from mclnf_edge.images import decode_image
+from mclnf_edge.inference.renderer import Renderer
+from mclnf_edge.mapping.initialization import save_init
 from mclnf_edge.mapping.mapper import Mapper
+from mclnf_edge.types import Frame, View
 
 F32 = npt.NDArray[np.float32]
 log = logging.getLogger(__name__)
 
 _SEEDED = ("features", "density")
+_STREAM = "flight"
+_ENDLESS_S = 1e9
+"""Budgets count rays only, so that a slow machine anneals no earlier than a fast one."""
+SCORED_STEPS = (1, 16, 64)
 
 
 @dataclass(frozen=True)
-class CityInit:
-    """Settings of one run.
+class CityConfig(Section):
+    """One run; every field stands in the YAML file under the same name.
 
-    `episodes` outer steps over `flights`, each of `inner_steps` daemon steps from frames of the
-    train split; the outer rate falls linearly from `outer_rate` to a tenth of it.
+    The last `held_out` flights by name are only for scoring. `frames` of each flight's train split
+    are held. The outer rate falls linearly from `outer_rate` to a tenth of it over `episodes`.
     """
 
-    flights: tuple[str, ...]
-    episodes: int = 120
-    inner_steps: int = 24
-    outer_rate: float = 0.3
-    frames: int = 24
-    seed: int = 0
+    episodes: int = setting(240, 1, 1_000_000)
+    inner_steps: int = setting(16, 1, 10_000)
+    query_steps: int = setting(0, 0, 10_000)
+    outer_rate: float = setting(0.3, above=0, high=1)
+    frames: int = setting(16, 2, 1000)
+    held_out: int = setting(2, 0, 1000)
+    seed: int = setting(0, 0, 2**20)
+
+
+def load_city_config(path: Path) -> CityConfig:
+    """Read a YAML file; unknown keys, wrong types and values out of range raise ConfigError."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected keys and values, received {type(raw).__name__}")
+    names = [f.name for f in fields(CityConfig)]
+    for key in raw:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1) or names
+            raise ConfigError(f"{path}: unknown key {key!r}; expected {' or '.join(near)}")
+    try:
+        return CityConfig(**raw)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def find_flights(folder: Path) -> dict[str, dict[str, Any]]:
+    """The generated flights below `folder`: name -> what its `city.json` says it was made from.
+
+    Raises CaptureError when there is none, or one that the generator did not write: figures on real
+    captures need an initialization that saw none of them.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for poses in sorted(folder.glob("*/transforms.json")):
+        try:
+            facts = json.loads((poses.parent / "city.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CaptureError(f"{poses.parent}: not a generated flight: {error}") from error
+        if not isinstance(facts, dict) or facts.get("generator") != "mclnf-edge city":
+            raise CaptureError(f"{poses.parent}/city.json: expected generator 'mclnf-edge city'")
+        found[poses.parent.name] = facts["request"]
+    if not found:
+        raise CaptureError(f"{folder}: expected folders with transforms.json, found none")
+    return found
 
 
 class Episode:
-    """One flight, swept and seeded, that can be adapted again and again from new parameters."""
+    """One capture, swept and seeded, that can be adapted again and again from new parameters."""
 
-    def __init__(self, path: str, frames: int, threads: int) -> None:
-        """Hold the first `frames` train frames of the flight at `path`."""
+    def __init__(self, path: Path, frames: int | None, threads: int = 1) -> None:
+        """Hold the first `frames` (None: all) of the train split of the capture at `path`."""
         config = ServeConfig()
-        self.mapper = Mapper(config.map, config.field, config.adapt, threads=threads)
-        capture = open_capture(path).split("train")
-        for i, frame in enumerate(capture.frames[:frames]):
-            self.mapper.add(i, "flight", frame)
+        self._adapt = replace(config.adapt, budget_s_per_frame=_ENDLESS_S)
+        self.mapper = Mapper(config.map, config.field, self._adapt, threads=threads)
+        capture = open_capture(path)
+        for i, frame in enumerate(capture.split("train").frames[:frames]):
+            self.mapper.add(i, _STREAM, frame)
+        self.test: Sequence[Frame] = capture.split("test").frames
         self.mapper.draining = True
         self.mapper.settle()
         pool = self.mapper.pool
         assert pool is not None
-        self.slots = np.array([m.slot for m in self.mapper.modules.values()])
-        self.start = {name: getattr(pool, name)[self.slots].copy() for name in _SEEDED}
-        self.gains = [f.gain.copy() for f in self.mapper.frames.values()]
+        self._slots = np.array([m.slot for m in self.mapper.modules.values()])
+        self._start = {name: getattr(pool, name)[self._slots].copy() for name in _SEEDED}
+        self._gains = [f.gain.copy() for f in self.mapper.frames.values()]
+        self._renderer = Renderer()
 
-    def adapt(self, mlp: F32, steps: int) -> tuple[F32, list[float]]:
-        """Adapt from `mlp`; the ray-weighted mean of the modules' parameters, PSNR per step (dB)."""
-        mapper, pool = self.mapper, self.mapper.pool
+    def restart(self, mlp: F32, seed: int, factor: float = 1.0) -> None:
+        """Put every module back to its seeded start with `mlp` (MLP_SIZE,) and both rates * factor.
+
+        What follows depends on `mlp`, `seed`, `factor` and the number of threads alone.
+        """
+        mapper, pool, rates = self.mapper, self.mapper.pool, self._adapt
         assert pool is not None
-        for name, value in self.start.items():
-            getattr(pool, name)[self.slots] = value
-        pool.weights[self.slots] = mlp
+        mapper.adapt = replace(rates, seed=seed, lr=rates.lr * factor, lr_mlp=rates.lr_mlp * factor)
+        mapper.steps, mapper.psnr = 0, None
+        mapper._random = np.random.default_rng(seed)
+        mapper._plane_scale = mapper._targets = None
+        for name, value in self._start.items():
+            getattr(pool, name)[self._slots] = value
+        pool.weights[self._slots] = mlp
         for module in mapper.modules.values():
             pool.reset_learning(module.row)
             module.rays = module.steps = 0
-        for frame, gain in zip(mapper.frames.values(), self.gains, strict=True):
-            frame.gain = gain.copy()
-        curve = []
-        for _ in range(steps):
-            mapper.psnr = None
-            report = mapper.step()
-            assert report is not None
-            curve.append(report.psnr)
-        rays = np.array([m.rays for m in mapper.modules.values()], np.float64)
-        mean = (pool.weights[self.slots] * (rays / rays.sum())[:, None]).sum(0)
-        return mean.astype(np.float32), curve
+            module.seconds, module.psnr = 0.0, None
+        for frame, gain in zip(mapper.frames.values(), self._gains, strict=True):
+            frame.gain[:] = gain
+
+    def steps(self, n: int) -> None:
+        """Take n of the daemon's steps."""
+        for _ in range(n):
+            self.mapper.step()
+
+    def only(self, remainder: int | None) -> None:
+        """Draw rays only from every second frame (`remainder` 0 or 1), None: from all."""
+        self.mapper._targets = None
+        if remainder is not None:
+            targets = self.mapper._ray_targets()
+            keep = targets[0] % 2 == remainder
+            self.mapper._targets = tuple(part[keep] for part in targets)
+
+    def mean_weights(self) -> npt.NDArray[np.float64]:
+        """(MLP_SIZE,) mean of the modules' parameters, weighted by the rays each was given."""
+        pool = self.mapper.pool
+        assert pool is not None
+        rays = np.array([m.rays for m in self.mapper.modules.values()], np.float64)
+        mean: npt.NDArray[np.float64] = (rays / rays.sum()) @ pool.weights[self._slots]
+        return mean
+
+    def score(self, shrink: int) -> list[float]:
+        """PSNR in dB of every test frame, rendered at 1/shrink of its size, unknown pixels grey.
+
+        Exposure comes from the neighbouring train frames, never from the test picture.
+        """
+        return [self._psnr(frame, shrink) for frame in self.test]
+
+    def _psnr(self, frame: Frame, shrink: int) -> float:
+        camera = frame.camera.scaled(frame.camera.width // shrink, frame.camera.height // shrink)
+        view = View(camera, frame.T_world_camera, frame.timestamp, _STREAM)
+        gain = self.mapper.gain(_STREAM, frame.timestamp)
+        shown = self._renderer.render(self.mapper.pool, self.mapper.origin, view, gain)
+        truth = decode_image(frame.image, frame.encoding, frame.camera)
+        truth = cv2.resize(truth, (camera.width, camera.height), interpolation=cv2.INTER_AREA)
+        error = (shown.rgb.astype(np.float64) - truth) / 255
+        return float(-10 * np.log10(max((error**2).mean(), 1e-9)))
+
+
+def outer_move(episode: Episode, config: CityConfig, mlp: F32, seed: int) -> F32:
+    """(MLP_SIZE,) what one episode would have the shared parameters move by."""
+    episode.restart(mlp, seed)
+    if not config.query_steps:
+        episode.steps(config.inner_steps)
+        return (episode.mean_weights() - mlp).astype(np.float32)
+    episode.only(0)
+    episode.steps(config.inner_steps)
+    before = episode.mean_weights()
+    episode.only(1)
+    episode.steps(config.query_steps)
+    return (episode.mean_weights() - before).astype(np.float32)
 
 
 def train(
-    settings: CityInit,
-    checkpoint: Path,
-    progress: Callable[[int, float, float], None],
-    threads: int = 2,
+    config: CityConfig,
+    flights: Path,
+    out: Path,
+    progress: Callable[[int, float], None] = lambda episode, psnr: None,
+    threads: int = 1,
 ) -> F32:
-    """Run or go on with the training; returns the shared parameters (MLP_SIZE,).
+    """Learn from the flights below a folder and write `out`; returns the parameters (MLP_SIZE,).
 
-    `progress(episode, first_psnr, last_psnr)` after every episode. `checkpoint` (.npz) is replaced
-    after each round over the flights; a run with other settings refuses it with InitError.
+    `progress(episodes done, training PSNR at the episode's end)` after every episode. Beside `out`
+    a checkpoint (.npz) is replaced after each round over the flights; the same call goes on from it
+    to the same parameters. Raises InitError when it is of other settings, CaptureError for flights.
     """
-    mlp, begin = _resume(settings, checkpoint)
-    random = np.random.default_rng(settings.seed)
-    order = random.permuted(np.tile(np.arange(len(settings.flights)), (settings.episodes, 1)), axis=1)
-    order = order.reshape(-1)[: settings.episodes]
-    flights: dict[int, Episode] = {}
-    for episode in range(begin, settings.episodes):
-        which = int(order[episode])
-        if which not in flights:
-            flights[which] = Episode(settings.flights[which], settings.frames, threads)
-        adapted, curve = flights[which].adapt(mlp, settings.inner_steps)
-        rate = settings.outer_rate * (1 - 0.9 * episode / settings.episodes)
-        mlp = mlp + np.float32(rate) * (adapted - mlp)
-        progress(episode, curve[0], curve[-1])
-        if (episode + 1) % len(settings.flights) == 0 or episode + 1 == settings.episodes:
-            _save(settings, checkpoint, mlp, episode + 1)
+    found = find_flights(flights)
+    names = list(found)[: len(found) - config.held_out]
+    if not names:
+        raise ConfigError(
+            f"held_out: {config.held_out} of {len(found)} flights leave none to train"
+        )
+    facts = {"config": asdict(config), "flights": {name: found[name] for name in names}}
+    checkpoint = out.with_suffix(".checkpoint.npz")
+    mlp, begin = _resume(facts, checkpoint)
+    open_flights: dict[str, Episode] = {}
+    for number in range(begin, config.episodes):
+        name = names[_order(config.seed, number, len(names))]
+        if name not in open_flights:
+            open_flights[name] = Episode(flights / name, config.frames, threads)
+        move = outer_move(open_flights[name], config, mlp, config.seed + number)
+        mlp = mlp + np.float32(config.outer_rate * (1 - 0.9 * number / config.episodes)) * move
+        progress(number + 1, open_flights[name].mapper.psnr or 0.0)
+        if (number + 1) % len(names) == 0 or number + 1 == config.episodes:
+            _save(facts, checkpoint, mlp, number + 1)
+    open_flights.clear()
+    held = {name: found[name] for name in found if name not in names}
+    save_init(out, mlp, facts | _provenance() | {"held_out": held_out_scores(flights, held, mlp)})
     return mlp
 
 
-def _save(settings: CityInit, path: Path, mlp: F32, done: int) -> None:
+def held_out_scores(
+    flights: Path, names: Sequence[str] | dict[str, Any], mlp: F32
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Mean test PSNR (dB) of each flight at SCORED_STEPS from `mlp` and from a random start."""
+    out: dict[str, dict[str, dict[str, float]]] = {}
+    for name in names:
+        episode = Episode(flights / name, None)
+        out[name] = {
+            start: score_curve(episode, parameters)
+            for start, parameters in (("meta", mlp), ("random", random_mlp(0)))
+        }
+    return out
+
+
+def score_curve(episode: Episode, mlp: F32) -> dict[str, float]:
+    """Steps -> mean test PSNR in dB, pictures a quarter as wide."""
+    episode.restart(mlp, 0)
+    curve, done = {}, 0
+    for mark in SCORED_STEPS:
+        episode.steps(mark - done)
+        done = mark
+        curve[str(mark)] = round(float(np.mean(episode.score(4))), 3)
+    return curve
+
+
+def _provenance() -> dict[str, Any]:
+    import numba
+
+    import mclnf_edge
+
+    return {
+        "what": "first-order meta-learning over generated flights with the daemon's engine",
+        "real_captures": [],
+        "statement": "No real capture was used: every training flight was made by the generator.",
+        "versions": {
+            "mclnf_edge": mclnf_edge.__version__,
+            "numpy": np.__version__,
+            "numba": numba.__version__,
+        },
+    }
+
+
+def _order(seed: int, number: int, flights: int) -> int:
+    """Which flight episode `number` uses: a new permutation each round."""
+    turn, place = divmod(number, flights)
+    return int(np.random.default_rng((seed, turn)).permutation(flights)[place])
+
+
+def _save(facts: dict[str, Any], path: Path, mlp: F32, done: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part.npz")
-    np.savez(part, mlp=mlp, done=done, settings=json.dumps(asdict(settings)))
+    np.savez(part, mlp=mlp, done=done, facts=json.dumps(facts))
     part.replace(path)
 
 
-def _resume(settings: CityInit, path: Path) -> tuple[F32, int]:
+def _resume(facts: dict[str, Any], path: Path) -> tuple[F32, int]:
     if not path.exists():
-        return random_mlp(settings.seed), 0
+        return random_mlp(facts["config"]["seed"]), 0
     with np.load(path, allow_pickle=False) as kept:
-        held: dict[str, Any] = json.loads(str(kept["settings"]))
-        wanted = json.loads(json.dumps(asdict(settings)))
+        held, wanted = json.loads(str(kept["facts"])), json.loads(json.dumps(facts))
         if held != wanted:
-            raise InitError(f"{path}: expected a checkpoint of {wanted}, received one of {held}")
+            raise InitError(
+                f"{path}: expected a checkpoint of {json.dumps(wanted)}, received one of "
+                f"{json.dumps(held)}; remove it to begin anew"
+            )
         return kept["mlp"].astype(np.float32), int(kept["done"])

@@ -94,6 +94,7 @@ class Mapper:
         self._random = np.random.default_rng(adapt.seed)
         self._dirty = False
         self._tiles: Counter[Cell] = Counter()
+        self._tiles_per_frame = 1.0
         self._targets: tuple[npt.NDArray[np.int32], ...] | None = None
 
     # -- frames ---------------------------------------------------------------------------------
@@ -234,6 +235,7 @@ class Mapper:
         for frame in self.frames.values():
             for cell, tiles in frame.tiles.items():
                 self._tiles[cell] += len(tiles)
+        self._tiles_per_frame = sum(self._tiles.values()) / max(len(self.frames), 1)
 
     def _ensure_pool(self, frames: list[HeldFrame]) -> None:
         assert self.structure is not None
@@ -303,13 +305,19 @@ class Mapper:
         return max(self.adapt.passes * self._tiles.get(module.cell, 0) * TILE * TILE, 1.0)
 
     def _progress(self, module: Module) -> float:
-        return min(module.rays / self._budget(module), 1.0)
+        """Share of a module's budget that is spent: of its rays or its seconds, what ends first."""
+        frames = self._tiles.get(module.cell, 0) / max(self._tiles_per_frame, 1.0)
+        seconds = max(self.adapt.budget_s_per_frame * frames, 1e-3)
+        return min(max(module.rays / self._budget(module), module.seconds / seconds), 1.0)
 
     def progress(self) -> float:
-        """Share of all open modules' ray budgets that is spent, in [0, 1]."""
+        """Share of all open modules' budgets that is spent, in [0, 1]."""
         learning = [m for m in self.modules.values() if m.row >= 0]
-        total = sum(self._budget(m) for m in learning)
-        return min(sum(min(m.rays, self._budget(m)) for m in learning) / total, 1) if total else 1.0
+        weights = [self._tiles.get(m.cell, 0) + 1e-9 for m in learning]
+        if not learning:
+            return 1.0
+        done = sum(w * self._progress(m) for w, m in zip(weights, learning, strict=True))
+        return min(done / sum(weights), 1.0)
 
     def _ray_targets(self) -> tuple[npt.NDArray[np.int32], ...]:
         """(frame index, tile, row) of every tile that an unfinished module may draw from."""
@@ -333,6 +341,7 @@ class Mapper:
         frame_of, tile, row = self._ray_targets()
         if len(tile) == 0 or self.pool is None:
             return None
+        began = time.perf_counter()
         pool, tape, n = self.pool, self._work.tape, self.adapt.rays_per_step
         frames = list(self.frames.values())
         pick = self._random.integers(0, len(tile), n)
@@ -352,7 +361,7 @@ class Mapper:
         d_rgb *= weights[:, None]
         self._learn(scene, d_rgb, ro, rd, n)
         self._update_gains(frames, frame_of[pick], capped, tape.rgb[:n] * gains)
-        self._count(frames, frame_of[pick], row[pick], residual)
+        self._count(frames, frame_of[pick], row[pick], residual, time.perf_counter() - began)
         self.psnr = _running(self.psnr, -10 * np.log10(max(mse, 1e-9)))
         return StepReport(self.psnr, n)
 
@@ -470,6 +479,7 @@ class Mapper:
         which: npt.NDArray[np.int32],
         row: npt.NDArray[np.int32],
         residual: F32,
+        seconds: float,
     ) -> None:
         for i, n in zip(*np.unique(which, return_counts=True), strict=True):
             frames[i].rays += int(n)
@@ -480,12 +490,12 @@ class Mapper:
             here = row == module.row
             n = int(here.sum())
             if n:
-                before = module.rays
+                before = self._progress(module)
                 module.steps += 1
                 module.rays += n
+                module.seconds += seconds * n / len(row)
                 module.psnr = _running(module.psnr, -10 * np.log10(max(float(error[here].mean()), 1e-9)))
-                budget = self._budget(module)
-                if before < budget <= module.rays:
+                if before < 1 <= self._progress(module):
                     self._targets = None
 
     # -- closing --------------------------------------------------------------------------------
@@ -598,7 +608,8 @@ class Mapper:
                 continue
             meta["modules"].append(
                 {"cell": list(m.cell), "version": m.version, "steps": m.steps, "rays": m.rays,
-                 "seeded_with": m.seeded_with, "frames": sorted(m.frames), "psnr": m.psnr, "asked": m.asked}
+                 "seeded_with": m.seeded_with, "frames": sorted(m.frames), "psnr": m.psnr, "asked": m.asked,
+                 "seconds": m.seconds}
             )  # fmt: skip
             for name in ("features", "weights", "density", "surface", "seen", "band"):
                 arrays[f"{m.id}/{name}"] = getattr(self.pool, name)[m.slot].copy()
@@ -640,7 +651,7 @@ class Mapper:
             self.pool.refresh_transposed(np.array([m.row]))
             m.version, m.steps, m.rays = item["version"], item["steps"], item["rays"]
             m.seeded_with, m.psnr = item["seeded_with"], item["psnr"]
-            m.asked = bool(item["asked"])
+            m.asked, m.seconds = bool(item["asked"]), float(item["seconds"])
             m.frames, m.last_frame_at = set(item["frames"]), time.monotonic()
         for stream, known in meta["gains"].items():
             self.gains[stream] = [(t, np.array(g, np.float32)) for t, *g in known]

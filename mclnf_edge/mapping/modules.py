@@ -45,6 +45,7 @@ class Module:
     row: int = -1
     steps: int = 0
     rays: int = 0
+    seconds: float = 0.0
     seeded_with: int = 0
     frames: set[int] = field(default_factory=set)
     last_frame_at: float = 0.0
