@@ -180,8 +180,8 @@ class Episode:
         gain = self.mapper.gain(_STREAM, frame.timestamp)
         shown = self._renderer.render(self.mapper.pool, self.mapper.origin, view, gain)
         truth = decode_image(frame.image, frame.encoding, frame.camera)
-        truth = cv2.resize(truth, (camera.width, camera.height), interpolation=cv2.INTER_AREA)
-        error = (shown.rgb.astype(np.float64) - truth) / 255
+        small = cv2.resize(truth, (camera.width, camera.height), interpolation=cv2.INTER_AREA)
+        error = (shown.rgb.astype(np.float64) - small) / 255
         return float(-10 * np.log10(max((error**2).mean(), 1e-9)))
 
 
