@@ -254,10 +254,7 @@ def fit_gains(values: F32, fixed: npt.NDArray[np.bool_], gains: F32, rounds: int
 
 @njit(**JIT)
 def fill_density(density, voxels, x0, y0, edge, low, height, raster, rx, ry, inverse, unit, solid, empty):  # type: ignore[no-untyped-def]
-    """Set a density grid (z, y, x flat) from a height raster: `solid` from just above it down.
-
-    The band above the surface is two units thick, so that the proposals reach both sides of it.
-    """
+    """Set a density grid (y, x, z flat) from a height raster: `solid` from one unit above it down."""
     nx, ny, nz = voxels
     for c in range(nz):
         z = low + (c + 0.5) / nz * height
@@ -266,4 +263,4 @@ def fill_density(density, voxels, x0, y0, edge, low, height, raster, rx, ry, inv
             for a in range(nx):
                 x = x0 + (a + 0.5) / nx * edge
                 above = z - raster_at(raster, rx, ry, inverse, x, y)
-                density[(c * ny + b) * nx + a] = solid if above < unit else empty
+                density[(b * nx + a) * nz + c] = solid if above < unit else empty

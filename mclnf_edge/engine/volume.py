@@ -203,10 +203,11 @@ def gate(scene, x, y, slots, share):  # type: ignore[no-untyped-def]
 @njit(**JIT)
 def _voxel(scene, x, y, z):  # type: ignore[no-untyped-def]
     """(slot, voxel) of the density grid at a point, (-1, 0) outside every module."""
+    inverse = _ONE / float32(scene.cell)
     for level in range(2):
         grid = scene.near if level == 0 else scene.far
-        edge = float32(scene.cell) * float32(1 if level == 0 else FAR)
-        fx, fy = x / edge, y / edge
+        fx, fy = x * inverse, y * inverse
+        inverse *= float32(1 / FAR)
         ix, iy = int(math.floor(fx)), int(math.floor(fy))
         s = _cell_slot(grid, scene.first[2 * level], scene.first[2 * level + 1], ix, iy)
         if s >= 0:
@@ -214,9 +215,9 @@ def _voxel(scene, x, y, z):  # type: ignore[no-untyped-def]
             if uz < 0 or uz >= 1:
                 return -1, 0
             na, nb, nc = scene.voxels[0], scene.voxels[1], scene.voxels[2]
-            a = min(int((fx - ix) * na), na - 1)
-            b = min(int((fy - iy) * nb), nb - 1)
-            return s, (min(int(uz * nc), nc - 1) * nb + b) * na + a
+            a = min(int((fx - float32(ix)) * float32(na)), na - 1)
+            b = min(int((fy - float32(iy)) * float32(nb)), nb - 1)
+            return s, (b * na + a) * nc + min(int(uz * float32(nc)), nc - 1)
     return -1, 0
 
 
@@ -252,21 +253,29 @@ def _draw(scene, ro, rd, r, t0, dt, steps, uniform, state, jitter, cdf, t, base,
     through, total = _ONE, float32(0)
     cdf[0] = 0
     offset = _unit(state) if jitter else float32(0.5)
-    for k in range(steps):
-        at = t0 + (float32(k) + offset) * dt
-        s, v = _voxel(scene, ro[r, 0] + at * rd[r, 0], ro[r, 1] + at * rd[r, 1], ro[r, 2] + at * rd[r, 2])
+    share, used = uniform / float32(steps), 0
+    while used < steps and through > 1e-3:
+        at = t0 + (float32(used) + offset) * dt
+        x, y, z = ro[r, 0] + at * rd[r, 0], ro[r, 1] + at * rd[r, 1], ro[r, 2] + at * rd[r, 2]
+        s, v = _voxel(scene, x, y, z)
         if s >= 0:
-            alpha = _ONE - math.exp(-scene.density[s, v] * dt)
-            total += through * alpha + uniform / float32(steps)
+            thick = scene.density[s, v] * dt
+            # Most voxels are air: there the exponential is its first two terms.
+            if thick < 0.05:
+                alpha = thick - float32(0.5) * thick * thick
+            else:
+                alpha = _ONE - math.exp(-thick)
+            total += through * alpha + share
             through *= _ONE - alpha
-        cdf[k + 1] = total
+        used += 1
+        cdf[used] = total
     if total <= 0:
         return False
     k = 0
     for i in range(samples):
         state = _next(state)
         q = (float32(i) + (_unit(state) if jitter else float32(0.5))) / float32(samples) * total
-        while k < steps - 1 and cdf[k + 1] < q:
+        while k < used - 1 and cdf[k + 1] < q:
             k += 1
         mass = cdf[k + 1] - cdf[k]
         f = (q - cdf[k]) / mass if mass > 0 else float32(0.5)

@@ -13,8 +13,8 @@ F32 = npt.NDArray[np.float32]
 UNKNOWN = 0.5
 """What stands where no module knows anything: mid-grey."""
 
-_COARSE_STEPS = 96
-_SAMPLES = 16
+_COARSE_STEPS = 48
+_SAMPLES = 8
 _CHUNK = 4096
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import pickle
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from mclnf_edge.engine.field import MLP_SIZE
 from mclnf_edge.errors import InitError
 
 FORMAT = "mclnf-edge-init"
+VERSION = 1
 MAX_BYTES = 8 * 1024 * 1024
 SHIPPED = "city_init.pt"
 
@@ -46,12 +48,18 @@ def load_init(path: Path | None) -> Initialization:
         raise InitError(f"init {path}: expected at most {MAX_BYTES} bytes")
     data = path.read_bytes()
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()
-        raise InitError(f"init {path}: not a safe initialization: {(reason or ['?'])[0]}") from error
+        raise InitError(
+            f"init {path}: not a safe initialization: {(reason or ['?'])[0]}"
+        ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InitError(f"init {path}: expected a {FORMAT} file")
+    if content.get("version") != VERSION:
+        raise InitError(
+            f"init {path}: expected version {VERSION}, received {content.get('version')!r}"
+        )
     if content.get("modality") != "posed" or content.get("kind") != "planes":
         raise InitError(
             f"init {path}: expected modality posed, kind planes; received modality "
@@ -60,8 +68,18 @@ def load_init(path: Path | None) -> Initialization:
     mlp = content.get("mlp")
     if not isinstance(mlp, torch.Tensor) or mlp.shape != (MLP_SIZE,) or not mlp.isfinite().all():
         raise InitError(f"init {path}: expected {MLP_SIZE} finite parameters")
-    meta = json.loads(str(content.get("config", "{}")))
-    return Initialization(mlp.numpy().astype(np.float32), hashlib.sha256(data).hexdigest(), meta)
+    digest = hashlib.sha256(data).hexdigest()
+    return Initialization(mlp.numpy().astype(np.float32), digest, _described(path, content))
+
+
+def _described(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    try:
+        meta = json.loads(content["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InitError(f"init {path}: config: expected a JSON object: {error}") from error
+    if not isinstance(meta, dict):
+        raise InitError(f"init {path}: config: expected a JSON object")
+    return meta
 
 
 def save_init(path: Path, mlp: npt.NDArray[np.float32], meta: dict[str, Any]) -> None:
@@ -70,7 +88,7 @@ def save_init(path: Path, mlp: npt.NDArray[np.float32], meta: dict[str, Any]) ->
 
     content = {
         "format": FORMAT,
-        "version": 1,
+        "version": VERSION,
         "modality": "posed",
         "kind": "planes",
         "mlp": torch.from_numpy(np.ascontiguousarray(mlp, np.float32)),

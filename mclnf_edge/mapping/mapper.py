@@ -274,12 +274,11 @@ class Mapper:
             flying = max(float(f.eye[2]) - self.structure.ground(f) for f in seeing)
             module = self.modules.get(cell)
             if module is None:
-                low, high = self.structure.band(cell, flying)
-                module = self.modules[cell] = self.pool.spawn(cell, low, high)
+                band = self.structure.band(cell, flying)
+                module = self.modules[cell] = self.pool.spawn(cell, *band)
                 log.info("task %s opened by frame %d", module.id, seeing[-1].id)
-            slot = module.slot
-            low = float(self.pool.band[slot, 0])
-            self.structure.sweep(cell, seeing, low, low + 1 / float(self.pool.band[slot, 1]))
+            low, high = self.structure.sweep(cell, seeing, *self.structure.band(cell, flying))
+            self.pool.place(cell, module.slot, low, high)
             pause()
         if not cells:
             return

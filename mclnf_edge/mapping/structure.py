@@ -68,8 +68,12 @@ class Structure:
         z = (around if len(around) >= 30 else self.points)[:, 2]
         if len(z) == 0:
             return -flying_m - 10.0, -flying_m + 10.0
-        low, high = np.percentile(z, (1, 99))
-        return float(low - 0.06 * flying_m), float(high + 0.12 * flying_m)
+        low, high = np.percentile(z, (3, 97))
+        spread = high - low
+        return (
+            float(low - 0.25 * spread - 0.03 * flying_m),
+            float(high + 0.5 * spread + 0.06 * flying_m),
+        )
 
     def height_at(self, level: int, xy: F32, default: F32) -> F32:
         """(n,) raster heights at local points (n, 2), `default` where there is no raster."""
@@ -130,18 +134,29 @@ class Structure:
             frame.tiles = {c: t for c, t in frame.tiles.items() if c in worth}
         return worth
 
-    def sweep(self, cell: Cell, frames: list[HeldFrame], low: float, high: float) -> None:
-        """Replace a cell's raster by what its frames' pictures agree on."""
+    def sweep(
+        self, cell: Cell, frames: list[HeldFrame], low: float, high: float
+    ) -> tuple[float, float]:
+        """Replace a cell's raster by what its frames' pictures agree on; the band it lies in.
+
+        Two passes: `low` to `high`, then finer within what the first one found.
+        """
         edge = self.cell_m * (FAR if cell[0] else 1)
         step = edge / RASTER
         views = _best(frames, cell, _SWEEP_VIEWS)
-        levels = int(np.clip((high - low) / step, 16, 64))
-        zs = np.linspace(low, high, levels, dtype=np.float32)
-        h, _ = surface.heights(
-            cell[1] * edge - _PAD * step, cell[2] * edge - _PAD * step, step, RASTER + 2 * _PAD, zs,
-            np.stack([f.half for f in views]), np.stack([f.projection(0.5) for f in views]),
-        )  # fmt: skip
+        corner = (cell[1] * edge - _PAD * step, cell[2] * edge - _PAD * step)
+        pictures = np.stack([f.half for f in views])
+        P = np.stack([f.projection(0.5) for f in views])
+        for _ in range(2):
+            levels = int(np.clip((high - low) / (0.75 * step), 16, 64))
+            zs = np.linspace(low, high, levels, dtype=np.float32)
+            h, _ = surface.heights(*corner, step, RASTER + 2 * _PAD, zs, pictures, P)
+            gap = (high - low) / (levels - 1)
+            bottom, top = np.percentile(h, (0.5, 99.5))
+            low, high = max(low, float(bottom) - 2 * gap), min(high, float(top) + 2 * gap)
         self.rasters[cell] = np.ascontiguousarray(h[_PAD:-_PAD, _PAD:-_PAD])
+        room = 2 * step
+        return float(h.min()) - room, float(h.max()) + room
 
     def around(self, cell: Cell) -> tuple[F32, float, float, float]:
         """(raster, x0, y0, 1 / step) of a cell and its eight neighbours of the same level."""
