@@ -216,7 +216,7 @@ def train(
     names = list(found)[: len(found) - config.held_out]
     if not names:
         raise ConfigError(
-            f"held_out: {config.held_out} of {len(found)} flights leave none to train"
+            f"held_out: expected fewer than the {len(found)} flights, received {config.held_out}"
         )
     facts = {"config": asdict(config), "flights": {name: found[name] for name in names}}
     checkpoint = out.with_suffix(".checkpoint.npz")
