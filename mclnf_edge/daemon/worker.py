@@ -110,6 +110,7 @@ class Worker(threading.Thread):
         self._rate: deque[tuple[float, float]] = deque(maxlen=40)
         self._committed: dict[str, dict[str, Any]] = {}
         self._full = False
+        self.render_cpu_s, self.renders = 0.0, 0
 
     # -- from other threads ---------------------------------------------------------------------
 
@@ -312,10 +313,13 @@ class Worker(threading.Thread):
                 if not self._renders:
                     return
                 job = self._renders.popleft()
+            before = time.process_time()
             try:
                 self._answer(job)
             except MclnfError as error:
                 self._send(job.peer, ErrorReply(id=job.request.id, code=error.code, message=str(error)))
+            self.render_cpu_s += time.process_time() - before
+            self.renders += 1
 
     def _answer(self, job: RenderJob) -> None:
         request = job.request

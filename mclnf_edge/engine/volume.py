@@ -480,18 +480,6 @@ def scores(scene, tape, d_rgb, r0, r1, samples, fisher, sums, q):  # type: ignor
         q[r] = total
 
 
-@njit(**JIT)
-def refresh_density(scene, tape, ro, rd, r0, r1, samples, rate):  # type: ignore[no-untyped-def]
-    """Move the density grid's voxels towards the densities just evaluated in them."""
-    for r in range(r0, r1):
-        for i in range(r * samples, r * samples + tape.count[r]):
-            t = tape.t[i]
-            s, v = _voxel(scene, ro[r, 0] + t * rd[r, 0], ro[r, 1] + t * rd[r, 1], ro[r, 2] + t * rd[r, 2])
-            if s >= 0 and scene.owner[s] >= 0:
-                peak = float32(30) / scene.box[s, 2] * float32(64)
-                scene.density[s, v] += rate * (min(tape.sigma[i], peak) - scene.density[s, v])
-
-
 __all__ = [
     "B3",
     "FAR",
@@ -503,7 +491,6 @@ __all__ = [
     "forward",
     "gate",
     "make_tape",
-    "refresh_density",
     "scores",
     "surface_at",
 ]

@@ -35,7 +35,6 @@ log = logging.getLogger(__name__)
 _COARSE_STEPS = 48
 _SAMPLES = 6
 _UNIFORM = 0.05
-_DENSITY_RATE = 0.03
 _GAIN_RATE = 0.01
 _MAX_EDGE_PX = 960
 """Larger pictures are reduced to this width or height before they are held."""
@@ -358,7 +357,7 @@ class Mapper:
         d_rgb = np.ascontiguousarray(2 * capped * gains / n, np.float32)
         weights = self._weigh(scene, d_rgb)
         d_rgb *= weights[:, None]
-        self._learn(scene, d_rgb, ro, rd, n)
+        self._learn(scene, d_rgb, n)
         self._update_gains(frames, frame_of[pick], capped, tape.rgb[:n] * gains)
         self._count(frames, frame_of[pick], row[pick], residual, time.perf_counter() - began)
         self.psnr = _running(self.psnr, -10 * np.log10(max(mse, 1e-9)))
@@ -412,7 +411,7 @@ class Mapper:
         running[rows] = np.where(first, fresh, 0.95 * running[rows] + 0.05 * fresh)
         return learn.ray_weights(q, self.adapt.fisher_lambda, self.adapt.weight_clamp)
 
-    def _learn(self, scene: volume.Scene, d_rgb: F32, ro: F32, rd: F32, n: int) -> None:
+    def _learn(self, scene: volume.Scene, d_rgb: F32, n: int) -> None:
         pool, tape, threads = self.pool, self._work.tape, self.threads
         assert pool is not None
 
@@ -445,7 +444,6 @@ class Mapper:
         pool.weights[slots] = learn.adam(pool.weights[slots], gradient, moment, square, steps, rate)
         pool.moment[rows], pool.square[rows], pool.adam_steps[rows] = moment, square, steps
         pool.refresh_transposed(rows)
-        volume.refresh_density(scene, tape, ro, rd, 0, n, _SAMPLES, np.float32(_DENSITY_RATE))
 
     def _step_texels(self, pool: ModulePool, length: int) -> None:
         planes = pool.layout.planes
