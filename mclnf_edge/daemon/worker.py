@@ -42,7 +42,9 @@ log = logging.getLogger(__name__)
 OPEN_WORK = "open"
 """Name of the checkpoint of everything that still learns."""
 
-_INGEST_SLICE_S = 0.25
+_INGEST_SLICE_S = 2.0
+"""A backlog is taken in this long before modules are seeded: surfaces from more views are better."""
+
 _COMPUTE_ENGINE = "kernels"
 
 

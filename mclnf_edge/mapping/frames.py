@@ -35,7 +35,6 @@ class HeldFrame:
     rotation: F32
     eye: F32
     gain: F32 = field(default_factory=lambda: np.zeros(3, np.float32))
-    fitted: bool = False
     tiles: dict[Cell, npt.NDArray[np.int32]] = field(default_factory=dict)
     rays: int = 0
     half: F32 = field(init=False)

@@ -112,8 +112,7 @@ class Mapper:
             self.structure.add_frame(held, list(self.frames.values())[-12:], frame.height_m)
             held.gain = self._guess_gain(held)
         else:
-            held.rays, held.fitted = int(kept[0]), bool(kept[1])
-            held.gain = np.array(kept[2:], np.float32)
+            held.rays, held.gain = int(kept[0]), np.array(kept[1:], np.float32)
         self.frames[frame_id] = held
         self._dirty = True
 
@@ -613,7 +612,7 @@ class Mapper:
             for name in ("fisher", "moment", "square", "output_fisher", "adam_steps"):
                 arrays[f"{m.id}/{name}"] = np.asarray(getattr(self.pool, name)[m.row]).copy()
         for f in self.frames.values():
-            meta["frames"][str(f.id)] = [f.rays, bool(f.fitted), *(float(v) for v in f.gain)]
+            meta["frames"][str(f.id)] = [f.rays, *(float(v) for v in f.gain)]
         meta["gains"] = {
             s: [[t, *(float(v) for v in g)] for t, g in known] for s, known in self.gains.items()
         }

@@ -29,6 +29,7 @@ _NEAR_HEIGHTS = 2.5  # ground nearer than this many flying heights belongs to in
 _FAR_HEIGHTS = 40.0  # beyond this there is no telling ground from sky
 _MIN_TILES = 12  # tiles over all frames before a cell is worth a module
 _ASSUMED_HEIGHT_M = 50.0  # when neither parallax nor the publisher tells
+_TRAINED_RAYS = 4096
 _SOLID, _EMPTY = 1.0, 0.015  # starting densities per unit in and above the ground
 
 
@@ -173,8 +174,12 @@ class Structure:
         return out, (ix - 1) * edge, (iy - 1) * edge, RASTER / edge
 
     def fit_exposures(self, cells: list[Cell], frames: list[HeldFrame]) -> None:
-        """Set the gains of frames not fitted yet from surface points that several frames see."""
-        if all(f.fitted for f in frames) or len(frames) < 2:
+        """Set the gains of frames from surface points that several of them see.
+
+        Frames that were trained keep theirs: the modules already hold what they looked like.
+        """
+        trained = np.array([f.rays >= _TRAINED_RAYS for f in frames])
+        if trained.all() or len(frames) < 2:
             return
         random = np.random.default_rng(0)
         images, _, P, eyes = _pictures(frames)
@@ -190,12 +195,11 @@ class Structure:
                 images, P, eyes, seen,
             )  # fmt: skip
             values.append(seen)
-        fixed = np.array([f.fitted for f in frames])
         gains = surface.fit_gains(
-            np.concatenate(values), fixed, np.stack([f.gain for f in frames]).astype(np.float32)
+            np.concatenate(values), trained, np.stack([f.gain for f in frames]).astype(np.float32)
         )
         for frame, gain in zip(frames, gains, strict=True):
-            frame.gain, frame.fitted = np.clip(gain, -1.5, 1.5).astype(np.float32), True
+            frame.gain = np.clip(gain, -1.5, 1.5).astype(np.float32)
 
     def seed(self, pool: ModulePool, module: Module, frames: list[HeldFrame]) -> None:
         """Write surface, seen counts, first density and surface colour into a module's slot."""
