@@ -57,6 +57,9 @@ from mclnf_edge.wire.messages import (
 log = logging.getLogger(__name__)
 
 _PROGRESS_S = 0.5
+_MAX_SITE_M = 100_000.0
+"""Modules compute in float32 around the map's origin: at this distance to within 8 mm."""
+
 _BUSY_MS = 1000
 _MAX_ACKS = 1024
 _MAX_RENDERS = 256
@@ -283,6 +286,12 @@ class _Service:
         origin = kept["origin"]
         target = WorldFrame(kept["crs"], None if origin is None else tuple(origin))
         transform = target_from_source(world, target)
+        away = float(np.linalg.norm(transform[:3, 3]))
+        if away > _MAX_SITE_M:
+            raise FrameRejected(
+                f"world frame: expected an origin within {_MAX_SITE_M / 1e3:.0f} km of this map's, "
+                f"received one {away / 1e3:.0f} km away; give that site a map of its own"
+            )
         self.store.put_stream(hello.session, hello.stream, {**asdict(hello), "world": asdict(world)})
         self._streams[(peer, hello.session, hello.stream)] = _Stream(hello.axes, transform)
         last = [s for s in self.store.streams() if (s["session"], s["stream"]) == (hello.session, hello.stream)]

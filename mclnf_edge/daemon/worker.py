@@ -45,6 +45,7 @@ OPEN_WORK = "open"
 _INGEST_SLICE_S = 2.0
 """A backlog is taken in this long before modules are seeded: surfaces from more views are better."""
 
+_STATE_S = 0.25
 _COMPUTE_ENGINE = "kernels"
 
 
@@ -112,6 +113,7 @@ class Worker(threading.Thread):
         self._rate: deque[tuple[float, float]] = deque(maxlen=40)
         self._committed: dict[str, dict[str, Any]] = {}
         self._full = False
+        self._state_due = 0.0
         self.render_cpu_s, self.renders = 0.0, 0
 
     # -- from other threads ---------------------------------------------------------------------
@@ -293,11 +295,10 @@ class Worker(threading.Thread):
                     continue
 
     def _let_go_unused(self) -> None:
-        if self._drain and self._ingested_all:
-            gone = self.mapper.unused()
-            if gone:
-                self._stored(lambda: self.store.let_go(gone))
-                self.mapper.forget(gone)
+        gone = self.mapper.unused()
+        if gone:
+            self._stored(lambda: self.store.let_go(gone))
+            self.mapper.forget(gone)
 
     def _checkpoint(self) -> None:
         arrays, meta = self.mapper.checkpoint()
@@ -361,18 +362,22 @@ class Worker(threading.Thread):
     # -- what others see ------------------------------------------------------------------------
 
     def _publish_state(self) -> None:
+        now = time.monotonic()
+        if now < self._state_due and self._progress[0] == self._drains:
+            return
+        self._state_due = now + _STATE_S
         mapper, asked, draining = self.mapper, self._drains, self._drain
         modules = list(self._committed.values())
         for m in mapper.modules.values():
             if m.row >= 0:
                 state = "adapting" if draining else "open"
+                told = mapper.describe(m)
                 modules.append(
                     {"id": m.id, "version": m.version, "state": state, "digest": ""}
-                    | {k: mapper.describe(m)[k] for k in ("steps", "frames", "bounds", "psnr")}
+                    | {key: told[key] for key in ("steps", "frames", "bounds", "psnr")}
                 )
         learning = [m for m in mapper.modules.values() if m.row >= 0]
         done = mapper.progress()
-        now = time.monotonic()
         self._rate.append((now, done))
         held = not self._ingested_all or any(True for _ in self.store.held_frames(self._last_id, 1))
         finished = not held and (not mapper.frames if draining else done >= 1)

@@ -53,18 +53,15 @@ _ONE = float32(1)
 class Scene(NamedTuple):
     """Everything a ray reads; slot s of each array is one module.
 
-    Coordinates are metres in the map's local float32 frame. `near` and `far` hold slots (-1 none)
-    of inner and outer cells; their first cell is `first[0:2]` and `first[2:4]`. `box[s]` is (x, y, edge) of
-    a module with its margins; `band[s]` is (lowest z, 1 / height). `surface`, `seen` are (S, SURFACE, SURFACE):
-    surface height and the number of frames that saw it. `owner[s]` is the row of a trainable module
-    in the gradient arrays, -1 when it is frozen.
+    Coordinates are metres in the map's local float32 frame. `cells` is an open hash table of cells,
+    rows (level + 1, ix, iy, slot), 0 = empty; its length is a power of two. `box[s]` is (x, y, edge)
+    of a module with its margins; `band[s]` is (lowest z, 1 / height). `surface`, `seen` are
+    (S, SURFACE, SURFACE): surface height and the number of frames that saw it. `owner[s]` is the
+    row of a trainable module in the gradient arrays, -1 when it is frozen.
     """
 
     cell: float
-    first: I32
-    near: I32
-    far: I32
-    z: F32
+    cells: I32
     box: F32
     band: F32
     features: F32
@@ -154,11 +151,20 @@ def _unit(state):  # type: ignore[no-untyped-def]
 
 
 @njit(**JIT)
-def _cell_slot(grid, x0, y0, ix, iy):  # type: ignore[no-untyped-def]
-    jx, jy = ix - x0, iy - y0
-    if jx < 0 or jy < 0 or jx >= grid.shape[1] or jy >= grid.shape[0]:
-        return -1
-    return grid[jy, jx]
+def cell_hash(level, ix, iy):  # type: ignore[no-untyped-def]
+    """Where a cell's search in the table begins, before the table's mask."""
+    return (ix * 73856093) ^ (iy * 19349663) ^ (level * 83492791)
+
+
+@njit(**JIT)
+def _cell_slot(cells, level, ix, iy):  # type: ignore[no-untyped-def]
+    mask = cells.shape[0] - 1
+    at = cell_hash(level, ix, iy) & mask
+    while cells[at, 0] != 0:
+        if cells[at, 0] == level + 1 and cells[at, 1] == ix and cells[at, 2] == iy:
+            return cells[at, 3]
+        at = (at + 1) & mask
+    return -1
 
 
 @njit(**JIT)
@@ -168,8 +174,6 @@ def gate(scene, x, y, slots, share):  # type: ignore[no-untyped-def]
     Outer cells answer only where no inner one does.
     """
     for level in range(2):
-        grid = scene.near if level == 0 else scene.far
-        x0, y0 = scene.first[2 * level], scene.first[2 * level + 1]
         edge = float32(scene.cell) * float32(1 if level == 0 else FAR)
         fx, fy = x / edge, y / edge
         ix, iy = int(math.floor(fx)), int(math.floor(fy))
@@ -187,7 +191,7 @@ def gate(scene, x, y, slots, share):  # type: ignore[no-untyped-def]
         n, total = 0, float32(0)
         for a in range(2 if nx != 0 else 1):
             for b in range(2 if ny != 0 else 1):
-                s = _cell_slot(grid, x0, y0, ix + a * nx, iy + b * ny)
+                s = _cell_slot(scene.cells, level, ix + a * nx, iy + b * ny)
                 if s >= 0:
                     g = (wx if a == 0 else _ONE - wx) * (wy if b == 0 else _ONE - wy)
                     slots[n], share[n] = s, g
@@ -205,11 +209,10 @@ def _voxel(scene, x, y, z):  # type: ignore[no-untyped-def]
     """(slot, voxel) of the density grid at a point, (-1, 0) outside every module."""
     inverse = _ONE / float32(scene.cell)
     for level in range(2):
-        grid = scene.near if level == 0 else scene.far
         fx, fy = x * inverse, y * inverse
         inverse *= float32(1 / FAR)
         ix, iy = int(math.floor(fx)), int(math.floor(fy))
-        s = _cell_slot(grid, scene.first[2 * level], scene.first[2 * level + 1], ix, iy)
+        s = _cell_slot(scene.cells, level, ix, iy)
         if s >= 0:
             uz = (z - scene.band[s, 0]) * scene.band[s, 1]
             if uz < 0 or uz >= 1:
@@ -236,13 +239,13 @@ def surface_at(scene, s, x, y):  # type: ignore[no-untyped-def]
 
 
 @njit(**JIT)
-def _span(scene, oz, dz, reach):  # type: ignore[no-untyped-def]
-    """Where a ray is inside the map's height band: (t0, t1), empty when t1 <= t0."""
+def _span(bands, r, oz, dz, reach):  # type: ignore[no-untyped-def]
+    """Where ray r is inside its height band: (t0, t1), empty when t1 <= t0."""
     t0, t1 = float32(0.5), reach
     if abs(dz) > 1e-6:
-        a, b = (scene.z[0] - oz) / dz, (scene.z[1] - oz) / dz
+        a, b = (bands[r, 0] - oz) / dz, (bands[r, 1] - oz) / dz
         t0, t1 = max(t0, min(a, b)), min(t1, max(a, b))
-    elif oz < scene.z[0] or oz > scene.z[1]:
+    elif oz < bands[r, 0] or oz > bands[r, 1]:
         t1 = float32(0)
     return t0, t1
 
@@ -316,8 +319,10 @@ def _evaluate(scene, tape, x, y, z, n, slots, share, e):  # type: ignore[no-unty
 
 
 @njit(**JIT)
-def forward(scene, tape, ro, rd, r0, r1, samples, steps, uniform, seed, jitter, reach, e):  # type: ignore[no-untyped-def]
+def forward(scene, tape, ro, rd, bands, r0, r1, samples, steps, uniform, seed, jitter, reach, e):  # type: ignore[no-untyped-def]
     """Render rays r0..r1 (origins ro, unit directions rd, (R, 3)) into the tape.
+
+    `bands` (R, 2) are the lowest and highest z at which each ray may meet a module.
 
     `samples` per ray after `steps` coarse steps, `uniform` in [0, 1) of them spread evenly,
     `reach` in metres; `e` is the first evaluation row this call may write.
@@ -331,7 +336,7 @@ def forward(scene, tape, ro, rd, r0, r1, samples, steps, uniform, seed, jitter, 
         tape.known[r] = 0
         for c in range(3):
             tape.rgb[r, c] = 0
-        t0, t1 = _span(scene, ro[r, 2], rd[r, 2], reach)
+        t0, t1 = _span(bands, r, ro[r, 2], rd[r, 2], reach)
         if t1 <= t0:
             continue
         dt = (t1 - t0) / float32(steps)
@@ -488,6 +493,7 @@ __all__ = [
     "Scene",
     "Tape",
     "backward",
+    "cell_hash",
     "forward",
     "gate",
     "make_tape",

@@ -46,7 +46,12 @@ class Renderer:
         length = np.linalg.norm(directions, axis=1)
         rd = np.ascontiguousarray(directions / length[:, None], np.float32)
         eye = (view.T_world_camera[:3, 3] - origin).astype(np.float32)
-        reach = np.float32(60.0 * max(abs(float(eye[2] - pool.band[:, 0].min())), 1.0))
+        cells = pool.in_sight(eye)
+        low, high = pool.height_band(cells)
+        if not cells:
+            return _nothing(h, w, map_version)
+        reach = 60.0 * max(float(eye[2]) - low, pool.cell_m)
+        bands = np.tile(np.array([[low, high]], np.float32), (_CHUNK, 1))
         rgb, depth = np.empty((h * w, 3), np.float32), np.empty(h * w, np.float32)
         known = np.empty(h * w, np.float32)
         scale = np.exp(gain).astype(np.float32)
@@ -54,8 +59,8 @@ class Renderer:
         for a in range(0, h * w, _CHUNK):
             part = rd[a : a + _CHUNK]
             ro = np.ascontiguousarray(np.broadcast_to(eye, part.shape))
-            trace(pool, self._work, ro, part, steps=_COARSE_STEPS, uniform=0.01, seed=0,
-                  jitter=False, reach=float(reach))  # fmt: skip
+            trace(pool, self._work, ro, part, bands, steps=_COARSE_STEPS, uniform=0.01, seed=0,
+                  jitter=False, reach=reach)  # fmt: skip
             n = len(part)
             matter = 1 - tape.left[:n]
             share = np.where(matter > 1e-3, tape.known[:n] / np.maximum(matter, 1e-3), 0)
@@ -67,7 +72,7 @@ class Renderer:
         z = depth / length  # along the optical axis
         z[known < 0.5] = np.nan
         picture = (np.clip(rgb, 0, 1) * 255 + 0.5).astype(np.uint8).reshape(h, w, 3)
-        names = tuple(sorted(cell_name(c) for c in pool.slot_of))
+        names = tuple(sorted(cell_name(c) for c in cells))
         return Render(picture, z.reshape(h, w), known.reshape(h, w), map_version, names)
 
 

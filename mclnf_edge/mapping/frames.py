@@ -22,7 +22,8 @@ class HeldFrame:
 
     `image` (H, W, 3) uint8 RGB, `mask` (H, W) uint8 (0 = ignore), `K` = (fx, fy, cx, cy) pixels,
     `rotation` (3, 3) camera (OpenGL axes) to world, `eye` (3,) local metres, `gain` (3,) natural
-    logarithm of the exposure. `tiles` maps each cell to the tile indices whose rays reach it.
+    logarithm of the exposure. `tiles` maps each cell to the tile indices whose rays reach it,
+    `band` is the lowest and highest z of those cells' modules.
     """
 
     id: int
@@ -36,6 +37,7 @@ class HeldFrame:
     eye: F32
     gain: F32 = field(default_factory=lambda: np.zeros(3, np.float32))
     tiles: dict[Cell, npt.NDArray[np.int32]] = field(default_factory=dict)
+    band: tuple[float, float] = (0.0, 0.0)
     rays: int = 0
     half: F32 = field(init=False)
     keypoints: F32 = field(init=False)

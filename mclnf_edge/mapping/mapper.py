@@ -84,7 +84,7 @@ class Mapper:
         self.structure: Structure | None = None
         self.modules: dict[Cell, Module] = {}
         self.frames: dict[int, HeldFrame] = {}
-        self.gains: dict[str, list[tuple[float, F32]]] = {}
+        self.gains: dict[str, dict[float, F32]] = {}
         self.steps = 0
         self.psnr: float | None = None
         self.draining = False
@@ -173,7 +173,7 @@ class Mapper:
         known = self.gains.get(held.stream)
         if not known:
             return np.zeros(3, np.float32)
-        return min(known, key=lambda item: abs(item[0] - held.timestamp))[1].copy()
+        return known[min(known, key=lambda t: abs(t - held.timestamp))].copy()
 
     def gain(self, stream: str, timestamp: float | None) -> F32:
         """Log exposure (3,) at a time, interpolated between a stream's frames; 0 when unknown.
@@ -184,7 +184,7 @@ class Mapper:
             item
             for name, items in self.gains.items()
             if stream in ("", name, name.rpartition("/")[2])
-            for item in items
+            for item in items.items()
         ]
         if timestamp is None or not known:
             return np.zeros(3, np.float32)
@@ -229,10 +229,12 @@ class Mapper:
 
     def _count_tiles(self) -> None:
         """How many tiles of the held frames each cell owns: what a module's budget follows."""
+        assert self.pool is not None
         self._tiles = Counter()
         for frame in self.frames.values():
             for cell, tiles in frame.tiles.items():
                 self._tiles[cell] += len(tiles)
+            frame.band = self.pool.height_band(frame.tiles)
         self._tiles_per_frame = sum(self._tiles.values()) / max(len(self.frames), 1)
 
     def _ensure_pool(self, frames: list[HeldFrame]) -> None:
@@ -292,8 +294,7 @@ class Mapper:
 
     def _remember_gains(self, frames: list[HeldFrame]) -> None:
         for f in frames:
-            known = [item for item in self.gains.get(f.stream, []) if item[0] != f.timestamp]
-            self.gains[f.stream] = [*known, (f.timestamp, f.gain)]
+            self.gains.setdefault(f.stream, {})[f.timestamp] = f.gain
 
     # -- adaptation -----------------------------------------------------------------------------
 
@@ -344,8 +345,8 @@ class Mapper:
         pick = self._random.integers(0, len(tile), n)
         ro, rd, truth, use = self._rays(frames, frame_of[pick], tile[pick])
         self.steps += 1
-        reach = 60.0 * float(max(f.eye[2] - pool.band[:, 0].min() for f in frames))
-        scene = trace(pool, self._work, ro, rd, steps=_COARSE_STEPS, uniform=_UNIFORM,
+        reach = 60.0 * float(max(f.eye[2] - f.band[0] for f in frames))
+        scene = trace(pool, self._work, ro, rd, self._bands(frames)[frame_of[pick]], steps=_COARSE_STEPS, uniform=_UNIFORM,
                       seed=self.steps + self.adapt.seed * 1_000_003, jitter=True, reach=reach)  # fmt: skip
         gains = np.exp(np.stack([f.gain for f in frames]))[frame_of[pick]]
         residual = tape.rgb[:n] * gains - truth
@@ -361,6 +362,10 @@ class Mapper:
         self._count(frames, frame_of[pick], row[pick], residual, time.perf_counter() - began)
         self.psnr = _running(self.psnr, -10 * np.log10(max(mse, 1e-9)))
         return StepReport(self.psnr, n)
+
+    def _bands(self, frames: list[HeldFrame]) -> F32:
+        """(frames, 2) lowest and highest z of the modules each frame looks at."""
+        return np.array([f.band for f in frames], np.float32)
 
     def _rays(
         self, frames: list[HeldFrame], which: npt.NDArray[np.int32], tile: npt.NDArray[np.int32]
@@ -513,7 +518,8 @@ class Mapper:
         self.pool.freeze(module)
         module.state = "closed"
         self._targets = None
-        snapshot = self.pool.snapshot(module, self.describe(module))
+        meta = {**self.describe(module), "gains": self._exposures_of(module)}
+        snapshot = self.pool.snapshot(module, meta)
         let_go = {}
         for frame_id in sorted(module.frames):
             frame = self.frames.get(frame_id)
@@ -555,10 +561,17 @@ class Mapper:
             "rays": module.rays,
             "frames": len(module.frames),
             "psnr": module.psnr,
-            "gains": {
-                s: [[t, *(float(v) for v in g)] for t, g in known] for s, known in self.gains.items()
-            },
         }
+
+    def _exposures_of(self, module: Module) -> dict[str, list[list[float]]]:
+        """Log gains of the frames a module saw: stream -> rows of (time, red, green, blue)."""
+        seen: dict[str, list[list[float]]] = {
+            f.stream: [] for f in self.frames.values() if f.id in module.frames
+        }
+        for f in self.frames.values():
+            if f.id in module.frames:
+                seen[f.stream].append([f.timestamp, *(float(v) for v in f.gain)])
+        return seen
 
     # -- persistence ----------------------------------------------------------------------------
 
@@ -577,9 +590,8 @@ class Mapper:
             psnr=meta["psnr"], digest=digest,
         )  # fmt: skip
         for stream, known in meta.get("gains", {}).items():
-            old = {t: g for t, g in self.gains.get(stream, [])}
-            old.update({t: np.array(g, np.float32) for t, *g in known})
-            self.gains[stream] = sorted(old.items())
+            kept = self.gains.setdefault(stream, {})
+            kept.update({t: np.array(g, np.float32) for t, *g in known})
 
     def _ensure_fixed_pool(self) -> None:
         assert self.structure is not None
@@ -614,7 +626,8 @@ class Mapper:
         for f in self.frames.values():
             meta["frames"][str(f.id)] = [f.rays, *(float(v) for v in f.gain)]
         meta["gains"] = {
-            s: [[t, *(float(v) for v in g)] for t, g in known] for s, known in self.gains.items()
+            s: [[t, *(float(v) for v in g)] for t, g in known.items()]
+            for s, known in self.gains.items()
         }
         return arrays, meta
 
@@ -650,7 +663,7 @@ class Mapper:
             m.asked, m.seconds = bool(item["asked"]), float(item["seconds"])
             m.frames, m.last_frame_at = set(item["frames"]), time.monotonic()
         for stream, known in meta["gains"].items():
-            self.gains[stream] = [(t, np.array(g, np.float32)) for t, *g in known]
+            self.gains[stream] = {t: np.array(g, np.float32) for t, *g in known}
 
 
 def _name(cell: Cell) -> str:

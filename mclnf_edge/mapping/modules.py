@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ from mclnf_edge.errors import Corrupt
 from mclnf_edge.types import ModuleSnapshot, ModuleState
 
 F32 = npt.NDArray[np.float32]
+_SIGHT_HEIGHTS = 20.0
 Cell = tuple[int, int, int]
 """(level, ix, iy): level 0 is an inner cell, 1 an outer one."""
 
@@ -60,7 +62,7 @@ class Module:
 
 
 class ModulePool:
-    """Slots of module arrays, rows of learning arrays, and the grids that find them.
+    """Slots of module arrays, rows of learning arrays, and the table that finds them.
 
     A frozen module has row -1: no kernel writes to its slot. Everything is float32 in the map's
     local frame; `scene()` is the view of it that kernels take.
@@ -78,9 +80,7 @@ class ModulePool:
         self._free_slots: list[int] = []
         self._free_rows: list[int] = []
         self.slot_of: dict[Cell, int] = {}
-        self.near = np.full((1, 1), -1, np.int32)
-        self.far = np.full((1, 1), -1, np.int32)
-        self.first = np.zeros(4, np.int32)
+        self.cells = np.zeros((4, 4), np.int32)
         self._allocate_slots(4)
         self._allocate_rows(4)
 
@@ -159,7 +159,7 @@ class ModulePool:
             self._allocate_slots(2 * self.slots)
         slot = self._free_slots.pop()
         self.slot_of[cell] = slot
-        self._rebuild_grid(cell[0])
+        self._rebuild_table()
         return slot
 
     def drop(self, cell: Cell) -> None:
@@ -167,7 +167,7 @@ class ModulePool:
         slot = self.slot_of.pop(cell)
         self.owner[slot] = -1
         self._free_slots.append(slot)
-        self._rebuild_grid(cell[0])
+        self._rebuild_table()
 
     def thaw(self, module: Module) -> None:
         """Give a module the arrays it learns with, all zero."""
@@ -191,34 +191,23 @@ class ModulePool:
         self._free_rows.append(module.row)
         module.row = -1
 
-    def _rebuild_grid(self, level: int) -> None:
-        cells = [c for c in self.slot_of if c[0] == level]
-        if not cells:
-            grid, first = np.full((1, 1), -1, np.int32), (0, 0)
-        else:
-            xs, ys = [c[1] for c in cells], [c[2] for c in cells]
-            first = (min(xs), min(ys))
-            grid = np.full((max(ys) - first[1] + 1, max(xs) - first[0] + 1), -1, np.int32)
-            for cell in cells:
-                grid[cell[2] - first[1], cell[1] - first[0]] = self.slot_of[cell]
-        self.first = self.first.copy()
-        self.first[2 * level : 2 * level + 2] = first
-        if level:
-            self.far = grid
-        else:
-            self.near = grid
+    def _rebuild_table(self) -> None:
+        size = 8
+        while size < 4 * len(self.slot_of):
+            size *= 2
+        table = np.zeros((size, 4), np.int32)
+        for (level, ix, iy), slot in self.slot_of.items():
+            at = int(volume.cell_hash(level, ix, iy)) & (size - 1)
+            while table[at, 0]:
+                at = (at + 1) & (size - 1)
+            table[at] = (level + 1, ix, iy, slot)
+        self.cells = table
 
     def scene(self) -> Scene:
         """What kernels read; the arrays are the pool's own, not copies."""
-        live = list(self.slot_of.values())
-        low = self.band[live, 0].min() if live else 0.0
-        high = (self.band[live, 0] + 1 / self.band[live, 1]).max() if live else 0.0
         return Scene(
             cell=self.cell_m,
-            first=self.first,
-            near=self.near,
-            far=self.far,
-            z=np.array([low, high], np.float32),
+            cells=self.cells,
             box=self.box,
             band=self.band,
             features=self.features.reshape(-1),
@@ -231,6 +220,24 @@ class ModulePool:
             seen=self.seen,
             owner=self.owner,
         )
+
+    def height_band(self, cells: Iterable[Cell]) -> tuple[float, float]:
+        """(lowest, highest) z of the modules of some cells, (0, 0) for none."""
+        slots = [self.slot_of[c] for c in cells if c in self.slot_of]
+        if not slots:
+            return 0.0, 0.0
+        low = self.band[slots, 0]
+        return float(low.min()), float((low + 1 / self.band[slots, 1]).max())
+
+    def in_sight(self, eye: F32) -> list[Cell]:
+        """Cells a camera at local `eye` (3,) may look at: below it and within 20 times its height."""
+        cells = list(self.slot_of)
+        slots = [self.slot_of[c] for c in cells]
+        box, low = self.box[slots], self.band[slots, 0]
+        centre = box[:, :2] + 0.5 * box[:, 2:]
+        away = np.linalg.norm(centre - eye[:2], axis=1) - box[:, 2]
+        height = np.maximum(eye[2] - low, box[:, 2])
+        return [c for c, near in zip(cells, away < _SIGHT_HEIGHTS * height, strict=True) if near]
 
     # -- snapshots ------------------------------------------------------------------------------
 
@@ -291,6 +298,7 @@ def trace(
     work: Workspace,
     ro: F32,
     rd: F32,
+    bands: F32,
     *,
     steps: int,
     uniform: float,
@@ -298,14 +306,17 @@ def trace(
     jitter: bool,
     reach: float,
 ) -> Scene:
-    """Run the forward pass of up to `work.rays` rays on every engine thread; returns the scene."""
+    """Run the forward pass of up to `work.rays` rays on every engine thread; returns the scene.
+
+    See `volume.forward` for the arguments.
+    """
     scene, n = pool.scene(), len(ro)
 
     def part(i: int) -> None:
         a, b = n * i // pool.threads, n * (i + 1) // pool.threads
         start = a * work.samples * 4
         volume.forward(
-            scene, work.tape, ro, rd, a, b, work.samples, steps, np.float32(uniform), seed, jitter,
+            scene, work.tape, ro, rd, bands, a, b, work.samples, steps, np.float32(uniform), seed, jitter,
             np.float32(reach), start,
         )  # fmt: skip
 
