@@ -101,7 +101,7 @@ def serve(
     0 means drained and stopped, 1 that the compute thread failed or hung.
     """
     _configure_logging()
-    _check_device(device)
+    _check_supported(config, device)
     start = load_init(init)
     keyring = None
     if config.security.keys is not None:
@@ -420,9 +420,17 @@ class _Notifier:
             self.send("WATCHDOG=1")
 
 
-def _check_device(device: str) -> None:
+def _check_supported(config: ServeConfig, device: str) -> None:
+    """Raise ConfigError for a choice that is named but not built yet, rather than ignore it."""
     if device == "cuda":
         raise ConfigError("--device cuda: the fast field's kernels run on the CPU; use cpu or auto")
+    for name, value, built in (
+        ("map.tasks", config.map.tasks, ("grid",)),
+        ("field.kind", config.field.kind, ("planes",)),
+        ("render.engine", config.render.engine, ("auto", "kernels")),
+    ):
+        if value not in built:
+            raise ConfigError(f"{name}: expected {' or '.join(built)} in this version, received {value}")
 
 
 def _threads() -> int:
