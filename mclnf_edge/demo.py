@@ -58,7 +58,7 @@ def run_demo(data: Path | None, seconds: float, out: Path, say: Say) -> dict[str
     report |= {"map": str(map_dir), "seconds_asked": seconds, "daemon_exit_code": code}
     write_json(out / "report.json", report)
     say(
-        f"mapped {report['accepted']} frames into {len(report['modules'])} modules; held-out views: "
+        f"mapped {report['accepted']} frames into {len(report['modules'])} modules; held-out: "
         f"{report['psnr']:.2f} dB, {report['psnr_known']:.2f} dB where the map is known, "
         f"SSIM {report['ssim']:.3f}"
     )
@@ -67,11 +67,13 @@ def run_demo(data: Path | None, seconds: float, out: Path, say: Say) -> dict[str
 
 
 def _generated_city(out: Path, say: Say) -> Path:
-    """The demo's own city, made once by the generator of the meta-trainer (a program of its own)."""
+    """The demo's own city, made once by the meta-trainer's generator (a program of its own)."""
     folder = out / "city"
     if not (folder / "transforms.json").exists():
         say("generating a city (once; about a minute)")
-    done = subprocess.run([sys.executable, "-m", "meta_trainer.city", str(folder), "--preset", "demo"])
+    done = subprocess.run(
+        [sys.executable, "-m", "meta_trainer.city", str(folder), "--preset", "demo"]
+    )
     if done.returncode != 0:
         raise CaptureError(f"{folder}: the city generator failed; its message is above")
     return folder
@@ -137,7 +139,9 @@ def _pairs(client: Client, capture: Capture, figures: dict[str, Any]) -> list[Pa
     pairs = []
     for i in range(0, len(frames), step):
         frame = frames[i]
-        truth, camera, _ = undistort(decode_image(frame.image, frame.encoding, frame.camera), frame.camera)
+        truth, camera, _ = undistort(
+            decode_image(frame.image, frame.encoding, frame.camera), frame.camera
+        )
         view = view_of(frame, capture.name)
         done = _shown(client, View(camera, view.T_world_camera, view.timestamp, view.stream))
         caption = f"{figures['views'][i]['frame']}: {figures['views'][i]['psnr']:.1f} dB"
@@ -153,7 +157,9 @@ def _flight(train: Capture) -> list[View]:
     at = np.array([v.T_world_camera[:3, 3] for v in stops])
     length = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(at, axis=0), axis=1) + 1e-6)])
     camera = stops[0].camera
-    small = camera.scaled(_FLY_WIDTH, max(round(camera.height * _FLY_WIDTH / camera.width) // 2 * 2, 2))
+    small = camera.scaled(
+        _FLY_WIDTH, max(round(camera.height * _FLY_WIDTH / camera.width) // 2 * 2, 2)
+    )
     views = []
     for s in np.linspace(0, length[-1], int(_FLY_SECONDS * _FLY_FPS)):
         i = int(np.clip(np.searchsorted(length, s, side="right") - 1, 0, len(stops) - 2))

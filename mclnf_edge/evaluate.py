@@ -27,7 +27,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Render every frame of `split` and compare it with its picture.
 
-    `psnr` takes every pixel (unknown ones are mid-grey), `psnr_known` the known ones, `psnr_aligned`
+    `psnr` takes every pixel (unknown ones mid-grey), `psnr_known` the known ones, `psnr_aligned`
     every pixel after one affine colour fit per view; `ssim` every pixel. The means are over views.
     A view's exposure comes from its time, never from its pixels. Raises CaptureError when the split
     is empty.
@@ -35,7 +35,7 @@ def evaluate(
     frames = capture.split(split).frames
     if not len(frames):
         raise CaptureError(f"{capture.name}: no frame of split {split!r}")
-    views = []
+    views: list[dict[str, Any]] = []
     for i, frame in enumerate(frames):
         picture = decode_image(frame.image, frame.encoding, frame.camera)
         truth, camera, valid = undistort(picture, frame.camera)

@@ -30,7 +30,7 @@ from meta_trainer.city_init import F32, Episode  # noqa: E402
 CAPTURES = ("brighton", "boruszyn", "ochota_a")
 STARTS = ("random", "meta")
 MARKS = (0, 1, 4, 16, 64, 256, 1024)
-FACTORS = (0.5, 1.0, 2.0, 4.0)
+FACTORS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 TUNE_STEPS = 256
 SHRINK = 3
 

@@ -1,6 +1,6 @@
 """Held-out PSNR against the daemon's CPU seconds on real captures, beside the peers' levels.
 
-    python tools/bench_stream.py [--capture boruszyn ...] [--marks 15,30,60,120,240] [--hold-out test]
+    python tools/bench_stream.py [--capture boruszyn ...] [--marks 15,30,60,120,240] [--fold K]
 
 Every capture goes through a daemon of its own over its socket, all train frames at once in capture
 order; `test` frames are never sent. The clock is the daemon's CPU time from the first accepted
@@ -96,13 +96,18 @@ def run(path: Path, marks: list[float], fold: int | None, seed: int) -> dict[str
                 after = client.status()
                 spent = after["render_cpu_s"] - status["render_cpu_s"]
                 row = {"mark_s": mark, "cpu_s": used, "steps": status["steps"]}
-                row |= {k: figures[k] for k in ("psnr", "psnr_known", "psnr_aligned", "ssim", "known")}
+                row |= {
+                    k: figures[k] for k in ("psnr", "psnr_known", "psnr_aligned", "ssim", "known")
+                }
                 row["render_cpu_s"] = spent / max(after["renders"] - status["renders"], 1)
                 row["views"] = figures["views"]
                 rows.append(row)
                 peer = PEERS.get(capture.name, {}).get(int(mark)) if fold is None else None
-                print(f"{capture.name} {mark:.0f} s: {row['psnr']:.2f} dB, known {row['known']:.3f}, "
-                      f"SSIM {row['ssim']:.3f}, peer {peer}", flush=True)  # fmt: skip
+                print(
+                    f"{capture.name} {mark:.0f} s: {row['psnr']:.2f} dB, "
+                    f"known {row['known']:.3f}, SSIM {row['ssim']:.3f}, peer {peer}",
+                    flush=True,
+                )
         daemon.terminate()
         daemon.wait(60)
         problems = len(map_check(Path(scratch) / "map"))
@@ -125,13 +130,17 @@ def machine() -> dict[str, Any]:
 
 def main() -> None:
     """Read the arguments, run what is missing, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     data = Path(os.environ.get("MCLNF_DATA", Path(__file__).parents[2] / "shared" / "data"))
     parser.add_argument("--capture", nargs="*", default=["boruszyn", "ochota_a", "brighton"])
     parser.add_argument("--marks", default="15,30,60,120,240")
     parser.add_argument("--fold", type=int, default=None)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "bench_stream.json")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "bench_stream.json"
+    )
     args = parser.parse_args()
     marks = [float(m) for m in args.marks.split(",")]
     known = json.loads(args.out.read_text())["runs"] if args.out.exists() else []

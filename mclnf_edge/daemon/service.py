@@ -20,7 +20,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numba
 import numpy as np
 
 import mclnf_edge
@@ -157,8 +156,8 @@ class _Service:
                     return self._give_up()
             return self._shut_down()
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            for handled, handler in previous.items():
+                signal.signal(handled, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._stop.set()
@@ -184,8 +183,10 @@ class _Service:
             self._commit(puts, acks)
         for peer, answers in acks.items():
             for i in range(0, len(answers), _MAX_ACKS):
-                self._send(peer, Acks(acks=tuple(answers[i : i + _MAX_ACKS]), credit_bytes=self._credit(),
-                                      durability=DURABILITY))  # fmt: skip
+                part = tuple(answers[i : i + _MAX_ACKS])
+                self._send(
+                    peer, Acks(acks=part, credit_bytes=self._credit(), durability=DURABILITY)
+                )
         self._flush()
         self._tell_drainers()
 
@@ -219,7 +220,7 @@ class _Service:
         puts.append((incoming.peer, put, row))
 
     def _hovers(self, stream: _Stream, pose: Matrix4) -> bool:
-        """Whether a picture adds no parallax to the stream's last one; remembers the pose if not."""
+        """Whether a picture adds no parallax to the stream's last; remembers the pose if not."""
         last = stream.last_pose
         if last is not None:
             moved = float(np.linalg.norm(pose[:3, 3] - last[:3, 3]))
@@ -292,10 +293,18 @@ class _Service:
                 f"world frame: expected an origin within {_MAX_SITE_M / 1e3:.0f} km of this map's, "
                 f"received one {away / 1e3:.0f} km away; give that site a map of its own"
             )
-        self.store.put_stream(hello.session, hello.stream, {**asdict(hello), "world": asdict(world)})
+        self.store.put_stream(
+            hello.session, hello.stream, {**asdict(hello), "world": asdict(world)}
+        )
         self._streams[(peer, hello.session, hello.stream)] = _Stream(hello.axes, transform)
-        last = [s for s in self.store.streams() if (s["session"], s["stream"]) == (hello.session, hello.stream)]
-        log.info("stream %s/%s: hello from %s", hello.session, hello.stream, hello.client or "a client")
+        last = [
+            s
+            for s in self.store.streams()
+            if (s["session"], s["stream"]) == (hello.session, hello.stream)
+        ]
+        log.info(
+            "stream %s/%s: hello from %s", hello.session, hello.stream, hello.client or "a client"
+        )
         return Welcome(
             id=hello.id,
             server=f"mclnf-edge {mclnf_edge.__version__}",
@@ -338,7 +347,18 @@ class _Service:
     def _status(self) -> dict[str, Any]:
         state = self.worker.state
         streams = [
-            {k: s[k] for k in ("session", "stream", "accepted", "duplicate", "redundant", "rejected", "last_seq")}
+            {
+                k: s[k]
+                for k in (
+                    "session",
+                    "stream",
+                    "accepted",
+                    "duplicate",
+                    "redundant",
+                    "rejected",
+                    "last_seq",
+                )
+            }
             for s in self.store.streams()
         ]
         return {
@@ -376,7 +396,7 @@ class _Service:
         return True
 
     def _give_up(self) -> int:
-        """A daemon that answers but cannot learn is worse than none: end, the supervisor restarts."""
+        """A daemon that answers but cannot learn is worse than none: end, to be started again."""
         logging.shutdown()
         if self.worker.is_alive():  # stuck in native code: nothing else ends it
             os._exit(1)
@@ -390,7 +410,9 @@ class _Service:
             log.error("compute thread did not stop within %.0f s", self.config.watch.drain_s)
             return self._give_up()
         self._flush()
-        log.info("stopped after %.0f s, %d frames kept", time.monotonic() - self._started, self._frames)
+        log.info(
+            "stopped after %.0f s, %d frames kept", time.monotonic() - self._started, self._frames
+        )
         return 0 if self.worker.error is None else 1
 
 
@@ -430,11 +452,13 @@ def _check_supported(config: ServeConfig, device: str) -> None:
         ("render.engine", config.render.engine, ("auto", "kernels")),
     ):
         if value not in built:
-            raise ConfigError(f"{name}: expected {' or '.join(built)} in this version, received {value}")
+            raise ConfigError(
+                f"{name}: expected {' or '.join(built)} in this version, received {value}"
+            )
 
 
 def _threads() -> int:
-    return max(1, min(numba.config.NUMBA_NUM_THREADS, len(os.sched_getaffinity(0)), 8))
+    return max(1, min(len(os.sched_getaffinity(0)), 8))
 
 
 def _resident_mb() -> float:
@@ -444,4 +468,6 @@ def _resident_mb() -> float:
 
 def _configure_logging() -> None:
     if not logging.getLogger().handlers:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        logging.basicConfig(
+            level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        )

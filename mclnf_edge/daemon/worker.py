@@ -43,7 +43,7 @@ OPEN_WORK = "open"
 """Name of the checkpoint of everything that still learns."""
 
 _INGEST_SLICE_S = 2.0
-"""A backlog is taken in this long before modules are seeded: surfaces from more views are better."""
+"""A backlog is taken in this long before modules are seeded: more views, better surfaces."""
 
 _STATE_S = 0.25
 _COMPUTE_ENGINE = "kernels"
@@ -220,7 +220,10 @@ class Worker(threading.Thread):
             except Corrupt as error:
                 log.error("task %s version %d quarantined: %s", record.id, record.version, error)
                 self.store.quarantine(record.id, record.version)
-                self._committed[f"{record.id}.{record.version}"] = {**module_info(record), "state": "quarantined"}
+                self._committed[f"{record.id}.{record.version}"] = {
+                    **module_info(record),
+                    "state": "quarantined",
+                }
                 continue
             self._committed[record.id] = module_info(record)
             self._versions += 1
@@ -228,14 +231,21 @@ class Worker(threading.Thread):
         if kept is not None:
             self.mapper.restore(*kept)
             self._kept = kept[1].get("frames", {})
-        log.info("map has %d closed modules, %d open", self._versions, len(self.mapper.modules) - self._versions)
+        log.info(
+            "map has %d closed modules, %d open",
+            self._versions,
+            len(self.mapper.modules) - self._versions,
+        )
 
     def _ingest(self) -> bool:
         """Hand the ledger's next frames to the mapper, for a short while."""
         end, any_frame = time.monotonic() + _INGEST_SLICE_S, False
         self._ingested_all = False
         while time.monotonic() < end:
-            if self.mapper.held_bytes > self.config.map.frame_budget_bytes and not self._make_room():
+            if (
+                self.mapper.held_bytes > self.config.map.frame_budget_bytes
+                and not self._make_room()
+            ):
                 return any_frame
             held = next(iter(self.store.held_frames(self._last_id, 1)), None)
             if held is None:
@@ -247,7 +257,14 @@ class Worker(threading.Thread):
                 stream = f"{held.session}/{held.stream}"
                 self.mapper.add(held.id, stream, put.frame, kept=self._kept.pop(str(held.id), None))
             except MclnfError as error:
-                log.warning("frame %d (%s/%s #%d) let go: %s", held.id, held.session, held.stream, held.seq, error)
+                log.warning(
+                    "frame %d (%s/%s #%d) let go: %s",
+                    held.id,
+                    held.session,
+                    held.stream,
+                    held.seq,
+                    error,
+                )
                 self.rejected.append((held.session, held.stream, held.seq, str(error)))
                 self.store.let_go({held.id: 0})
             self._serve_renders()
@@ -320,7 +337,9 @@ class Worker(threading.Thread):
             try:
                 self._answer(job)
             except MclnfError as error:
-                self._send(job.peer, ErrorReply(id=job.request.id, code=error.code, message=str(error)))
+                self._send(
+                    job.peer, ErrorReply(id=job.request.id, code=error.code, message=str(error))
+                )
             self.render_cpu_s += time.process_time() - before
             self.renders += 1
 
@@ -426,7 +445,9 @@ def _sized(request: RenderRequest) -> View:
         height = request.height or max(round(camera.height * request.width / camera.width), 1)
         camera = camera.scaled(width, height)
     if camera.width * camera.height > 16_000_000:
-        raise ProtocolError(f"render: expected at most 16 megapixels, received {camera.width}x{camera.height}")
+        raise ProtocolError(
+            f"render: expected at most 16 megapixels, received {camera.width}x{camera.height}"
+        )
     return replace(view, camera=camera)
 
 

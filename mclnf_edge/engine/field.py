@@ -7,7 +7,7 @@ For a point with unit-cube coordinates u and height hz above the module's own su
     o = MLP(x)                                       32 -> 32 -> 32 -> 4, ReLU
     density = exp(o_0) / unit,  colour = sigmoid(o_1..3 + the finest plane's first three channels)
 
-`unit` is the module's edge / 64 in metres, so that one set of MLP parameters serves every cell size.
+`unit` is the module's edge / 64 in metres, so one set of MLP parameters serves every cell size.
 The skip from the finest plane to the colour lets a measured surface colour be written there
 directly (`surface.paint`), which no number of steps on a small CPU can replace.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,7 @@ from numba import float32, njit
 
 from mclnf_edge.engine.simd import make_gather, make_matvec, make_outer, make_scatter
 
-JIT = {"nogil": True, "fastmath": True, "error_model": "numpy", "cache": True}
+JIT: dict[str, Any] = {"nogil": True, "fastmath": True, "error_model": "numpy", "cache": True}
 CHANNELS = 4
 HIDDEN = 32
 INPUTS = 32
@@ -95,7 +96,7 @@ def random_features(layout: Layout, seed: int = 0) -> F32:
 
 
 @njit(**JIT)
-def texel(planes, p, u, e):  # type: ignore[no-untyped-def]
+def texel(planes, p, u, e):
     """(first texel, its upper neighbour, and the four bilinear weights) of plane p at u[e]."""
     nu, nv = planes[p, 2], planes[p, 3]
     fu = min(max(u[e, planes[p, 0]], float32(0)), float32(0.99999)) * float32(nu - 1)
@@ -108,7 +109,7 @@ def texel(planes, p, u, e):  # type: ignore[no-untyped-def]
 
 
 @njit(**JIT)
-def encode(features, first, planes, u, e, hz, x):  # type: ignore[no-untyped-def]
+def encode(features, first, planes, u, e, hz, x):
     """Write the INPUTS of sample e into x; `hz` is in units."""
     xo = e * INPUTS
     for p in range(planes.shape[0]):
@@ -128,7 +129,7 @@ def encode(features, first, planes, u, e, hz, x):  # type: ignore[no-untyped-def
 
 
 @njit(**JIT)
-def mlp(w, first, x, h1, h2, o, e):  # type: ignore[no-untyped-def]
+def mlp(w, first, x, h1, h2, o, e):
     """Run the MLP of the module at `first` on sample e; keeps both hidden layers."""
     _matvec_h(h1, e * HIDDEN, w, first + B1, w, first, x, e * INPUTS, INPUTS)
     for j in range(e * HIDDEN, (e + 1) * HIDDEN):
@@ -142,7 +143,7 @@ def mlp(w, first, x, h1, h2, o, e):  # type: ignore[no-untyped-def]
 
 
 @njit(**JIT)
-def transpose(w, wt, slots):  # type: ignore[no-untyped-def]
+def transpose(w, wt, slots):
     """Refresh the transposed weights of the modules in `slots`."""
     for s in slots:
         a, t = s * MLP_SIZE, s * TRANSPOSED_SIZE
@@ -157,7 +158,7 @@ def transpose(w, wt, slots):  # type: ignore[no-untyped-def]
 
 
 @njit(**JIT)
-def mlp_backward(wt, t, grad, g, x, h1, h2, e, do, dx, d1, d2, zero):  # type: ignore[no-untyped-def]
+def mlp_backward(wt, t, grad, g, x, h1, h2, e, do, dx, d1, d2, zero):
     """Add sample e's parameter gradient to grad[g:], write the input gradient to dx."""
     for c in range(4):
         grad[g + B3 + c] += do[c]
@@ -180,7 +181,7 @@ def mlp_backward(wt, t, grad, g, x, h1, h2, e, do, dx, d1, d2, zero):  # type: i
 
 
 @njit(**JIT)
-def encode_backward(grad, first, planes, u, e, dx, touched, queue, n):  # type: ignore[no-untyped-def]
+def encode_backward(grad, first, planes, u, e, dx, touched, queue, n):
     """Scatter dx into the planes' gradient; queues each texel once, returns the queue's length."""
     for p in range(planes.shape[0]):
         b, b2, w00, w10, w01, w11 = texel(planes, p, u, e)

@@ -17,7 +17,7 @@ F32 = npt.NDArray[np.float32]
 
 
 @njit(**JIT)
-def merge(queue, n, touched, grad, other_queue, m, other_touched, other_grad):  # type: ignore[no-untyped-def]
+def merge(queue, n, touched, grad, other_queue, m, other_touched, other_grad):
     """Add a second thread's texel gradients to the first's, leave them zero; the queue's length."""
     for i in range(m):
         k = other_queue[i]
@@ -33,7 +33,9 @@ def merge(queue, n, touched, grad, other_queue, m, other_touched, other_grad):  
 
 
 @njit(**JIT)
-def step_texels(queue, n, touched, grad, owned, features, fisher, count, planes, rate, damping, sums):  # type: ignore[no-untyped-def]
+def step_texels(
+    queue, n, touched, grad, owned, features, fisher, count, planes, rate, damping, sums
+):
     """theta -= rate * g / sqrt(F + damping) for every queued texel; F += g^2 first.
 
     F is each texel's own empirical Fisher diagonal, `damping` (planes,) the plane's mean of it over
@@ -62,7 +64,13 @@ def step_texels(queue, n, touched, grad, owned, features, fisher, count, planes,
 
 
 def adam(
-    w: F32, g: F32, m: F32, v: F32, steps: F32, rate: float, decay: tuple[float, float] = (0.9, 0.99)
+    w: F32,
+    g: F32,
+    m: F32,
+    v: F32,
+    steps: F32,
+    rate: float,
+    decay: tuple[float, float] = (0.9, 0.99),
 ) -> F32:
     """Adam's new parameters (modules, n); `m`, `v` are updated, `steps` (modules,) counts from 1.
 
@@ -74,7 +82,7 @@ def adam(
     m[live] += (1 - a) * (g[live] - m[live])
     v[live] += (1 - b) * (g[live] ** 2 - v[live])
     t = steps[live, None]
-    new = w.copy()
+    new: F32 = w.copy()
     new[live] -= rate * (m[live] / (1 - a**t)) / (np.sqrt(v[live] / (1 - b**t)) + 1e-12)
     return new
 
@@ -88,4 +96,5 @@ def ray_weights(q: F32, strength: float, clamp: float) -> F32:
     if strength <= 0 or not live.any():
         return np.ones_like(q)
     w = 1 + strength * np.minimum(q / q[live].mean(), clamp)
-    return (w / w[live].mean()).astype(np.float32)
+    weights: F32 = (w / w[live].mean()).astype(np.float32)
+    return weights

@@ -56,8 +56,8 @@ def make_matvec(width: int) -> Callable[..., Any]:
     """
     vectors = width // _LANES
 
-    @intrinsic  # type: ignore[untyped-decorator]
-    def matvec(typing, out, oo, init, io, W, wo, x, xo, n):  # type: ignore[no-untyped-def]
+    @intrinsic
+    def matvec(typing, out, oo, init, io, W, wo, x, xo, n):
         ip = types.intp
         signature = types.void(out, ip, init, ip, W, ip, x, ip, ip)
 
@@ -101,15 +101,15 @@ def make_matvec(width: int) -> Callable[..., Any]:
 
         return signature, codegen
 
-    return matvec  # type: ignore[no-any-return]
+    return matvec
 
 
 def make_outer(width: int) -> Callable[..., Any]:
     """`f(G, go, x, xo, d, do, n)`: G[go:] += outer(x[xo:][:n], d[do:][:width])."""
     vectors = width // _LANES
 
-    @intrinsic  # type: ignore[untyped-decorator]
-    def outer(typing, G, go, x, xo, d, do, n):  # type: ignore[no-untyped-def]
+    @intrinsic
+    def outer(typing, G, go, x, xo, d, do, n):
         ip = types.intp
         signature = types.void(G, ip, x, ip, d, ip, ip)
 
@@ -131,7 +131,7 @@ def make_outer(width: int) -> Callable[..., Any]:
 
         return signature, codegen
 
-    return outer  # type: ignore[no-any-return]
+    return outer
 
 
 def make_gather(channels: int) -> Callable[..., Any]:
@@ -140,8 +140,8 @@ def make_gather(channels: int) -> Callable[..., Any]:
     The texels lie at b, b + channels, b2, b2 + channels.
     """
 
-    @intrinsic  # type: ignore[untyped-decorator]
-    def gather(typing, x, xo, table, b, b2, w00, w10, w01, w11):  # type: ignore[no-untyped-def]
+    @intrinsic
+    def gather(typing, x, xo, table, b, b2, w00, w10, w01, w11):
         ip, f = types.intp, types.float32
         signature = types.void(x, ip, table, ip, ip, f, f, f, f)
 
@@ -164,14 +164,14 @@ def make_gather(channels: int) -> Callable[..., Any]:
 
         return signature, codegen
 
-    return gather  # type: ignore[no-any-return]
+    return gather
 
 
 def make_scatter(channels: int) -> Callable[..., Any]:
     """`f(grad, b, b2, x, xo, w00, w10, w01, w11)`: the transpose of `make_gather`'s operation."""
 
-    @intrinsic  # type: ignore[untyped-decorator]
-    def scatter(typing, grad, b, b2, x, xo, w00, w10, w01, w11):  # type: ignore[no-untyped-def]
+    @intrinsic
+    def scatter(typing, grad, b, b2, x, xo, w00, w10, w01, w11):
         ip, f = types.intp, types.float32
         signature = types.void(grad, ip, ip, x, ip, f, f, f, f)
 
@@ -189,4 +189,4 @@ def make_scatter(channels: int) -> Callable[..., Any]:
 
         return signature, codegen
 
-    return scatter  # type: ignore[no-any-return]
+    return scatter

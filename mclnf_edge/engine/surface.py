@@ -26,8 +26,8 @@ NO_VIEWS = 1.0
 
 def normalised(image: U8) -> F32:
     """(H/2, W/2) brightness minus its local mean over its local spread, of a picture (H, W, 3)."""
-    gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
-    gray = cv2.resize(gray, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+    full = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
+    gray = cv2.resize(full, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
     mean = cv2.GaussianBlur(gray, (0, 0), 6)
     spread = np.sqrt(np.maximum(cv2.GaussianBlur(gray * gray, (0, 0), 6) - mean * mean, 0))
     out: F32 = ((gray - mean) / (spread + 6)).astype(np.float32)
@@ -35,7 +35,7 @@ def normalised(image: U8) -> F32:
 
 
 @njit(**JIT)
-def _pixel(P, i, x, y, z):  # type: ignore[no-untyped-def]
+def _pixel(P, i, x, y, z):
     """(column, row, depth) of a point in picture i; depth <= 0 behind the camera."""
     q = P[i, 2, 0] * x + P[i, 2, 1] * y + P[i, 2, 2] * z + P[i, 2, 3]
     if q <= 0.1:
@@ -46,7 +46,7 @@ def _pixel(P, i, x, y, z):  # type: ignore[no-untyped-def]
 
 
 @njit(**JIT)
-def sweep(x0, y0, step, zs, pictures, P, cost):  # type: ignore[no-untyped-def]
+def sweep(x0, y0, step, zs, pictures, P, cost):
     """Fill cost (ny, nx, nz): how little the normalised pictures (N, h, w) agree at each point.
 
     Columns stand at (x0 + (i + 0.5) step, ...); `P` (N, 3, 4) projects to half-size pixels.
@@ -77,7 +77,7 @@ def sweep(x0, y0, step, zs, pictures, P, cost):  # type: ignore[no-untyped-def]
 
 
 @njit(**JIT)
-def smooth(cost, small, large):  # type: ignore[no-untyped-def]
+def smooth(cost, small, large):
     """Semi-global matching of (ny, nx, nz) costs along rows and columns, both ways."""
     ny, nx, nz = cost.shape
     out = np.zeros_like(cost)
@@ -126,7 +126,7 @@ def heights(
 
 
 @njit(**JIT)
-def raster_at(raster, x0, y0, inverse, x, y):  # type: ignore[no-untyped-def]
+def raster_at(raster, x0, y0, inverse, x, y):
     """Bilinear height of a raster whose nodes are 1 / inverse apart."""
     fx = min(max((x - x0) * inverse - float32(0.5), float32(0)), float32(raster.shape[1] - 1.001))
     fy = min(max((y - y0) * inverse - float32(0.5), float32(0)), float32(raster.shape[0] - 1.001))
@@ -137,7 +137,7 @@ def raster_at(raster, x0, y0, inverse, x, y):  # type: ignore[no-untyped-def]
 
 
 @njit(**JIT)
-def _visible(x, y, z, eye, raster, x0, y0, inverse, top, slack):  # type: ignore[no-untyped-def]
+def _visible(x, y, z, eye, raster, x0, y0, inverse, top, slack):
     """Whether the height raster leaves the line from a point to the camera free."""
     dx, dy, dz = eye[0] - x, eye[1] - y, eye[2] - z
     if dz <= 0:
@@ -156,7 +156,7 @@ def _visible(x, y, z, eye, raster, x0, y0, inverse, top, slack):  # type: ignore
 
 
 @njit(**JIT)
-def visibility(xs, ys, raster, x0, y0, inverse, slack, masks, P, eyes, seen):  # type: ignore[no-untyped-def]
+def visibility(xs, ys, raster, x0, y0, inverse, slack, masks, P, eyes, seen):
     """seen (N, ny, nx): 1 where picture i sees the surface at (xs, ys), unmasked and unhidden.
 
     `masks` (N, H, W) uint8, 0 = ignore; `slack` metres of height are forgiven.
@@ -169,14 +169,21 @@ def visibility(xs, ys, raster, x0, y0, inverse, slack, masks, P, eyes, seen):  #
             for i in range(count):
                 u, v, q = _pixel(P, i, xs[jx], ys[jy], z)
                 seen[i, jy, jx] = 0
-                if q <= 0 or u < 0 or v < 0 or u >= w - 1 or v >= h - 1 or masks[i, int(v), int(u)] == 0:
+                if (
+                    q <= 0
+                    or u < 0
+                    or v < 0
+                    or u >= w - 1
+                    or v >= h - 1
+                    or masks[i, int(v), int(u)] == 0
+                ):
                     continue
                 if _visible(xs[jx], ys[jy], z, eyes[i], raster, x0, y0, inverse, top, slack):
                     seen[i, jy, jx] = 1
 
 
 @njit(**JIT)
-def paint(xs, ys, raster, x0, y0, inverse, seen, images, P, gains, color):  # type: ignore[no-untyped-def]
+def paint(xs, ys, raster, x0, y0, inverse, seen, images, P, gains, color):
     """Mean exposure-corrected colour (ny, nx, 3) in [0, 1] of the surface at (xs, ys).
 
     `seen` (N, m, m) from `visibility` over the same square, `images` (N, H, W, 3) uint8, `gains`
@@ -208,12 +215,14 @@ def paint(xs, ys, raster, x0, y0, inverse, seen, images, P, gains, color):  # ty
                     high = (1 - a) * images[i, iv + 1, iu, c] + a * images[i, iv + 1, iu + 1, c]
                     total[c] += near * ((1 - b) * low + b * high) / gains[i, c]
             for c in range(3):
-                color[jy, jx, c] = total[c] / (weight * float32(255)) if weight > 0 else float32(0.45)
+                color[jy, jx, c] = (
+                    total[c] / (weight * float32(255)) if weight > 0 else float32(0.45)
+                )
 
 
 @njit(**JIT)
-def observe(xs, ys, raster, x0, y0, inverse, slack, images, P, eyes, values):  # type: ignore[no-untyped-def]
-    """values (len(xs), N, 3): each picture's 8-bit colour of each surface point, -1 where unseen."""
+def observe(xs, ys, raster, x0, y0, inverse, slack, images, P, eyes, values):
+    """values (len(xs), N, 3): each picture's 8-bit colour of each point, -1 where unseen."""
     count, h, w, _ = images.shape
     top = raster.max()
     for p in range(len(xs)):
@@ -241,7 +250,7 @@ def fit_gains(values: F32, fixed: npt.NDArray[np.bool_], gains: F32, rounds: int
     good = (values.min(-1) > 8) & (values.max(-1) < 250)
     good &= (good.sum(1) > 1)[:, None]
     logs = np.log(np.maximum(values, 4) / 255)
-    out = gains.copy()
+    out: F32 = gains.copy()
     seen = np.maximum(good.sum(1), 1)[:, None]
     for _ in range(rounds):
         level = np.where(good[..., None], logs - out[None], 0).sum(1) / seen
@@ -253,8 +262,10 @@ def fit_gains(values: F32, fixed: npt.NDArray[np.bool_], gains: F32, rounds: int
 
 
 @njit(**JIT)
-def fill_density(density, voxels, x0, y0, edge, low, height, raster, rx, ry, inverse, unit, solid, empty):  # type: ignore[no-untyped-def]
-    """Set a density grid (y, x, z flat) from a height raster: `solid` from one unit above it down."""
+def fill_density(
+    density, voxels, x0, y0, edge, low, height, raster, rx, ry, inverse, unit, solid, empty
+):
+    """Set a density grid (y, x, z flat) from a height raster: `solid` up to one unit above it."""
     nx, ny, nz = voxels
     for c in range(nz):
         z = low + (c + 0.5) / nz * height

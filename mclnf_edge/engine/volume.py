@@ -54,8 +54,8 @@ class Scene(NamedTuple):
     """Everything a ray reads; slot s of each array is one module.
 
     Coordinates are metres in the map's local float32 frame. `cells` is an open hash table of cells,
-    rows (level + 1, ix, iy, slot), 0 = empty; its length is a power of two. `box[s]` is (x, y, edge)
-    of a module with its margins; `band[s]` is (lowest z, 1 / height). `surface`, `seen` are
+    rows (level + 1, ix, iy, slot), 0 = empty; its length is a power of two. `box[s]` is a module's
+    (x, y, edge) with its margins; `band[s]` is (lowest z, 1 / height). `surface`, `seen` are
     (S, SURFACE, SURFACE): surface height and the number of frames that saw it. `owner[s]` is the
     row of a trainable module in the gradient arrays, -1 when it is frozen.
     """
@@ -91,7 +91,7 @@ class Tape(NamedTuple):
     weight: F32
     first: I32
     last: I32
-    count: I32
+    used: I32
     rgb: F32
     left: F32
     depth: F32
@@ -120,7 +120,7 @@ def make_tape(rays: int, samples: int) -> Tape:
         weight=floats(n),
         first=np.zeros(n, np.int32),
         last=np.zeros(n, np.int32),
-        count=np.zeros(rays, np.int32),
+        used=np.zeros(rays, np.int32),
         rgb=floats(rays, 3),
         left=floats(rays),
         depth=floats(rays),
@@ -129,7 +129,7 @@ def make_tape(rays: int, samples: int) -> Tape:
 
 
 @njit(**JIT)
-def _next(state):  # type: ignore[no-untyped-def]
+def _next(state):
     """xorshift64."""
     state ^= state << uint64(13)
     state ^= state >> uint64(7)
@@ -138,7 +138,7 @@ def _next(state):  # type: ignore[no-untyped-def]
 
 
 @njit(**JIT)
-def _seed(seed, ray):  # type: ignore[no-untyped-def]
+def _seed(seed, ray):
     z = uint64(seed) * uint64(0x9E3779B97F4A7C15) + uint64(ray + 1) * uint64(0xBF58476D1CE4E5B9)
     z ^= z >> uint64(30)
     z *= uint64(0x94D049BB133111EB)
@@ -146,18 +146,18 @@ def _seed(seed, ray):  # type: ignore[no-untyped-def]
 
 
 @njit(**JIT)
-def _unit(state):  # type: ignore[no-untyped-def]
+def _unit(state):
     return float32((state >> uint64(40)) * (1.0 / 16777216.0))
 
 
 @njit(**JIT)
-def cell_hash(level, ix, iy):  # type: ignore[no-untyped-def]
+def cell_hash(level, ix, iy):
     """Where a cell's search in the table begins, before the table's mask."""
     return (ix * 73856093) ^ (iy * 19349663) ^ (level * 83492791)
 
 
 @njit(**JIT)
-def _cell_slot(cells, level, ix, iy):  # type: ignore[no-untyped-def]
+def _cell_slot(cells, level, ix, iy):
     mask = cells.shape[0] - 1
     at = cell_hash(level, ix, iy) & mask
     while cells[at, 0] != 0:
@@ -168,7 +168,7 @@ def _cell_slot(cells, level, ix, iy):  # type: ignore[no-untyped-def]
 
 
 @njit(**JIT)
-def gate(scene, x, y, slots, share):  # type: ignore[no-untyped-def]
+def gate(scene, x, y, slots, share):
     """Fill `slots` and `share` (sums to 1) with the modules that know (x, y); returns how many.
 
     Outer cells answer only where no inner one does.
@@ -205,7 +205,7 @@ def gate(scene, x, y, slots, share):  # type: ignore[no-untyped-def]
 
 
 @njit(**JIT)
-def _voxel(scene, x, y, z):  # type: ignore[no-untyped-def]
+def _voxel(scene, x, y, z):
     """(slot, voxel) of the density grid at a point, (-1, 0) outside every module."""
     inverse = _ONE / float32(scene.cell)
     for level in range(2):
@@ -225,7 +225,7 @@ def _voxel(scene, x, y, z):  # type: ignore[no-untyped-def]
 
 
 @njit(**JIT)
-def surface_at(scene, s, x, y):  # type: ignore[no-untyped-def]
+def surface_at(scene, s, x, y):
     """(height, frames that saw it) of module s's surface at local (x, y)."""
     scale = float32(SURFACE - 1) / scene.box[s, 2]
     fx = min(max((x - scene.box[s, 0]) * scale, float32(0)), float32(SURFACE - 1.001))
@@ -239,7 +239,7 @@ def surface_at(scene, s, x, y):  # type: ignore[no-untyped-def]
 
 
 @njit(**JIT)
-def _span(bands, r, oz, dz, reach):  # type: ignore[no-untyped-def]
+def _span(bands, r, oz, dz, reach):
     """Where ray r is inside its height band: (t0, t1), empty when t1 <= t0."""
     t0, t1 = float32(0.5), reach
     if abs(dz) > 1e-6:
@@ -251,7 +251,7 @@ def _span(bands, r, oz, dz, reach):  # type: ignore[no-untyped-def]
 
 
 @njit(**JIT)
-def _draw(scene, ro, rd, r, t0, dt, steps, uniform, state, jitter, cdf, t, base, samples):  # type: ignore[no-untyped-def]
+def _draw(scene, ro, rd, r, t0, dt, steps, uniform, state, jitter, cdf, t, base, samples):
     """Draw sorted sample distances into t[base:]; False when the ray meets no module."""
     through, total = _ONE, float32(0)
     cdf[0] = 0
@@ -287,7 +287,7 @@ def _draw(scene, ro, rd, r, t0, dt, steps, uniform, state, jitter, cdf, t, base,
 
 
 @njit(**JIT)
-def _evaluate(scene, tape, x, y, z, n, slots, share, e):  # type: ignore[no-untyped-def]
+def _evaluate(scene, tape, x, y, z, n, slots, share, e):
     """Evaluate n modules at a point into the tape from e on: (density, r, g, b, seen share)."""
     sigma, red, green, blue, known = float32(0), float32(0), float32(0), float32(0), float32(0)
     for j in range(n):
@@ -299,7 +299,15 @@ def _evaluate(scene, tape, x, y, z, n, slots, share, e):  # type: ignore[no-unty
         tape.u[e, 0] = (x - scene.box[s, 0]) * inverse
         tape.u[e, 1] = (y - scene.box[s, 1]) * inverse
         tape.u[e, 2] = (z - scene.band[s, 0]) * scene.band[s, 1]
-        encode(scene.features, s * scene.feature_count, scene.planes, tape.u, e, (z - height) / unit, tape.x)
+        encode(
+            scene.features,
+            s * scene.feature_count,
+            scene.planes,
+            tape.u,
+            e,
+            (z - height) / unit,
+            tape.x,
+        )
         mlp(scene.weights, s * MLP_SIZE, tape.x, tape.h1, tape.h2, tape.o, e)
         o = tape.o[e * OUTPUTS : (e + 1) * OUTPUTS]
         own = math.exp(min(max(o[0], float32(-10)), float32(6))) / unit * share[j]
@@ -319,7 +327,7 @@ def _evaluate(scene, tape, x, y, z, n, slots, share, e):  # type: ignore[no-unty
 
 
 @njit(**JIT)
-def forward(scene, tape, ro, rd, bands, r0, r1, samples, steps, uniform, seed, jitter, reach, e):  # type: ignore[no-untyped-def]
+def forward(scene, tape, ro, rd, bands, r0, r1, samples, steps, uniform, seed, jitter, reach, e):
     """Render rays r0..r1 (origins ro, unit directions rd, (R, 3)) into the tape.
 
     `bands` (R, 2) are the lowest and highest z at which each ray may meet a module.
@@ -330,7 +338,7 @@ def forward(scene, tape, ro, rd, bands, r0, r1, samples, steps, uniform, seed, j
     slots, share = np.empty(_MOST, np.int32), np.empty(_MOST, np.float32)
     cdf = np.empty(steps + 1, np.float32)
     for r in range(r0, r1):
-        tape.count[r] = 0
+        tape.used[r] = 0
         tape.left[r] = _ONE
         tape.depth[r] = 0
         tape.known[r] = 0
@@ -341,14 +349,29 @@ def forward(scene, tape, ro, rd, bands, r0, r1, samples, steps, uniform, seed, j
             continue
         dt = (t1 - t0) / float32(steps)
         base = r * samples
-        if not _draw(scene, ro, rd, r, t0, dt, steps, uniform, _seed(seed, r), jitter, cdf, tape.t, base, samples):
+        if not _draw(
+            scene,
+            ro,
+            rd,
+            r,
+            t0,
+            dt,
+            steps,
+            uniform,
+            _seed(seed, r),
+            jitter,
+            cdf,
+            tape.t,
+            base,
+            samples,
+        ):
             continue
         e = _compose(scene, tape, ro, rd, r, base, samples, t0, dt, slots, share, e)
     return e
 
 
 @njit(**JIT)
-def _compose(scene, tape, ro, rd, r, base, samples, t0, dt, slots, share, e):  # type: ignore[no-untyped-def]
+def _compose(scene, tape, ro, rd, r, base, samples, t0, dt, slots, share, e):
     """Evaluate ray r's samples front to back and add them up, until 0.2 % of the light is left."""
     left, red, green, blue = _ONE, float32(0), float32(0), float32(0)
     depth, known = float32(0), float32(0)
@@ -378,20 +401,20 @@ def _compose(scene, tape, ro, rd, r, base, samples, t0, dt, slots, share, e):  #
         n += 1
         if left < 0.002:
             break
-    tape.count[r], tape.left[r], tape.depth[r], tape.known[r] = n, left, depth, known
+    tape.used[r], tape.left[r], tape.depth[r], tape.known[r] = n, left, depth, known
     tape.rgb[r, 0], tape.rgb[r, 1], tape.rgb[r, 2] = red, green, blue
     return e
 
 
 @njit(**JIT)
-def _sample_gradient(tape, i, g0, g1, g2, after, behind):  # type: ignore[no-untyped-def]
+def _sample_gradient(tape, i, g0, g1, g2, after, behind):
     """dL/dsigma of sample i: d (T_after c . g - light from behind), and w c . g."""
     along = g0 * tape.color[i, 0] + g1 * tape.color[i, 1] + g2 * tape.color[i, 2]
     return tape.width[i] * (after * along - behind), tape.weight[i] * along
 
 
 @njit(**JIT)
-def _output_gradient(tape, i, e, d_sigma, g0, g1, g2, do):  # type: ignore[no-untyped-def]
+def _output_gradient(tape, i, e, d_sigma, g0, g1, g2, do):
     """dL/d(MLP outputs) of evaluation e of sample i, through the gate's blend."""
     o = tape.o[e * OUTPUTS : (e + 1) * OUTPUTS]
     share = tape.weight[i] / tape.sigma[i] if tape.sigma[i] > 0 else float32(0)
@@ -408,7 +431,7 @@ def _output_gradient(tape, i, e, d_sigma, g0, g1, g2, do):  # type: ignore[no-un
 
 
 @njit(**JIT)
-def backward(scene, tape, transposed, d_rgb, r0, r1, samples, grad, d_weights, touched, queue):  # type: ignore[no-untyped-def]
+def backward(scene, tape, transposed, d_rgb, r0, r1, samples, grad, d_weights, touched, queue):
     """Add the parameter gradients of rays r0..r1 for dL/drgb `d_rgb` (R, 3).
 
     Frozen modules (owner -1) get none. Returns the number of texels queued.
@@ -421,8 +444,8 @@ def backward(scene, tape, transposed, d_rgb, r0, r1, samples, grad, d_weights, t
     for r in range(r0, r1):
         g0, g1, g2 = d_rgb[r, 0], d_rgb[r, 1], d_rgb[r, 2]
         after, behind = tape.left[r], float32(0)
-        for back in range(tape.count[r]):
-            i = r * samples + tape.count[r] - 1 - back
+        for back in range(tape.used[r]):
+            i = r * samples + tape.used[r] - 1 - back
             d_sigma, lit = _sample_gradient(tape, i, g0, g1, g2, after, behind)
             behind += lit
             after += tape.weight[i]
@@ -444,7 +467,7 @@ def backward(scene, tape, transposed, d_rgb, r0, r1, samples, grad, d_weights, t
 
 
 @njit(**JIT)
-def scores(scene, tape, d_rgb, r0, r1, samples, fisher, sums, q):  # type: ignore[no-untyped-def]
+def scores(scene, tape, d_rgb, r0, r1, samples, fisher, sums, q):
     """Per-ray information q_r = g' F^-1 g on the output layer of the module the ray mostly meets.
 
     g (HIDDEN x 4 and 4 biases) is the ray's gradient summed over its samples before squaring;
@@ -456,7 +479,7 @@ def scores(scene, tape, d_rgb, r0, r1, samples, fisher, sums, q):  # type: ignor
     for r in range(r0, r1):
         q[r] = 0
         row, most = -1, float32(0)
-        for i in range(r * samples, r * samples + tape.count[r]):
+        for i in range(r * samples, r * samples + tape.used[r]):
             if tape.weight[i] > most and tape.last[i] > tape.first[i]:
                 most, row = tape.weight[i], scene.owner[tape.slot[tape.first[i]]]
         if row < 0:
@@ -464,8 +487,8 @@ def scores(scene, tape, d_rgb, r0, r1, samples, fisher, sums, q):  # type: ignor
         g[:] = 0
         g0, g1, g2 = d_rgb[r, 0], d_rgb[r, 1], d_rgb[r, 2]
         after, behind = tape.left[r], float32(0)
-        for back in range(tape.count[r]):
-            i = r * samples + tape.count[r] - 1 - back
+        for back in range(tape.used[r]):
+            i = r * samples + tape.used[r] - 1 - back
             d_sigma, lit = _sample_gradient(tape, i, g0, g1, g2, after, behind)
             behind += lit
             after += tape.weight[i]

@@ -78,4 +78,6 @@ class Renderer:
 
 def _nothing(h: int, w: int, map_version: int) -> Render:
     grey = np.full((h, w, 3), round(UNKNOWN * 255), np.uint8)
-    return Render(grey, np.full((h, w), np.nan, np.float32), np.zeros((h, w), np.float32), map_version)
+    return Render(
+        grey, np.full((h, w), np.nan, np.float32), np.zeros((h, w), np.float32), map_version
+    )

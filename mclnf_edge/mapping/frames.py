@@ -71,7 +71,8 @@ class HeldFrame:
         k = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
         r = (self.rotation.astype(np.float64) @ np.diag([1.0, -1.0, -1.0])).T
         t = -r @ self.eye.astype(np.float64)
-        return (k @ np.concatenate([r, t[:, None]], axis=1)).astype(np.float32)
+        matrix: F32 = (k @ np.concatenate([r, t[:, None]], axis=1)).astype(np.float32)
+        return matrix
 
     def directions(self, columns: F32, rows: F32) -> F32:
         """(n, 3) unit directions through the points (column, row) in pixels (centres at +0.5)."""
@@ -121,4 +122,5 @@ def triangulate(a: HeldFrame, b: HeldFrame) -> F32:
         np.linalg.norm(va, axis=1) * np.linalg.norm(vb, axis=1), 1e-9
     )
     good &= cosine < np.cos(np.radians(1.5))
-    return points[good].astype(np.float32)
+    kept: F32 = points[good].astype(np.float32)
+    return kept

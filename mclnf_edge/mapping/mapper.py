@@ -51,7 +51,7 @@ class Closing:
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimization step: mean loss as PSNR, rays that met an open module, mean ray weight spread."""
+    """One optimization step: the mean loss as PSNR and the number of rays drawn."""
 
     psnr: float
     rays: int
@@ -98,7 +98,9 @@ class Mapper:
 
     # -- frames ---------------------------------------------------------------------------------
 
-    def add(self, frame_id: int, stream: str, frame: Frame, *, kept: list[Any] | None = None) -> None:
+    def add(
+        self, frame_id: int, stream: str, frame: Frame, *, kept: list[Any] | None = None
+    ) -> None:
         """Decode and hold a frame. Raises FrameRejected.
 
         `kept` is what `checkpoint` wrote of this frame: rays trained so far and its exposure; its
@@ -173,7 +175,8 @@ class Mapper:
         known = self.gains.get(held.stream)
         if not known:
             return np.zeros(3, np.float32)
-        return known[min(known, key=lambda t: abs(t - held.timestamp))].copy()
+        gain: F32 = known[min(known, key=lambda t: abs(t - held.timestamp))].copy()
+        return gain
 
     def gain(self, stream: str, timestamp: float | None) -> F32:
         """Log exposure (3,) at a time, interpolated between a stream's frames; 0 when unknown.
@@ -265,9 +268,7 @@ class Mapper:
         young = module.row >= 0 and self._progress(module) < 0.5
         return young and views >= 2 * module.seeded_with
 
-    def _seed(
-        self, cells: list[Cell], frames: list[HeldFrame], pause: Callable[[], None]
-    ) -> None:
+    def _seed(self, cells: list[Cell], frames: list[HeldFrame], pause: Callable[[], None]) -> None:
         assert self.structure is not None and self.pool is not None
         for cell in cells:
             seeing = [f for f in frames if cell in f.tiles]
@@ -325,7 +326,11 @@ class Mapper:
                 for cell, tiles in frame.tiles.items():
                     module = self.modules.get(cell)
                     if module is not None and module.row >= 0 and self._progress(module) < 1:
-                        parts.append(np.stack([np.full_like(tiles, i), tiles, np.full_like(tiles, module.row)]))
+                        parts.append(
+                            np.stack(
+                                [np.full_like(tiles, i), tiles, np.full_like(tiles, module.row)]
+                            )
+                        )
             joined = np.concatenate(parts, axis=1) if parts else np.zeros((3, 0), np.int32)
             self._targets = tuple(joined)
         return self._targets
@@ -346,8 +351,11 @@ class Mapper:
         ro, rd, truth, use = self._rays(frames, frame_of[pick], tile[pick])
         self.steps += 1
         reach = 60.0 * float(max(f.eye[2] - f.band[0] for f in frames))
-        scene = trace(pool, self._work, ro, rd, self._bands(frames)[frame_of[pick]], steps=_COARSE_STEPS, uniform=_UNIFORM,
-                      seed=self.steps + self.adapt.seed * 1_000_003, jitter=True, reach=reach)  # fmt: skip
+        scene = trace(
+            pool, self._work, ro, rd, self._bands(frames)[frame_of[pick]], steps=_COARSE_STEPS,
+            uniform=_UNIFORM, seed=self.steps + self.adapt.seed * 1_000_003, jitter=True,
+            reach=reach,
+        )  # fmt: skip
         gains = np.exp(np.stack([f.gain for f in frames]))[frame_of[pick]]
         residual = tape.rgb[:n] * gains - truth
         residual *= use[:, None]
@@ -379,7 +387,11 @@ class Mapper:
         line = np.minimum(((tile // across) + jitter[:, 1]) * th, sizes[:, 1] - 1).astype(np.int64)
         k = np.array([f.K for f in frames])[which]
         v = np.stack(
-            [(column + 0.5 - k[:, 2]) / k[:, 0], -(line + 0.5 - k[:, 3]) / k[:, 1], -np.ones(len(which))],
+            [
+                (column + 0.5 - k[:, 2]) / k[:, 0],
+                -(line + 0.5 - k[:, 3]) / k[:, 1],
+                -np.ones(len(which)),
+            ],
             axis=-1,
         )
         v = np.einsum("rij,rj->ri", np.stack([f.rotation for f in frames])[which], v)
@@ -390,7 +402,8 @@ class Mapper:
             truth[here] = frames[i].image[line[here], column[here]]
             use[here] = frames[i].mask[line[here], column[here]] > 0
         ro = np.stack([f.eye for f in frames])[which]
-        return np.ascontiguousarray(ro), np.ascontiguousarray(v, np.float32), truth / 255, use
+        truth /= 255
+        return np.ascontiguousarray(ro, np.float32), np.ascontiguousarray(v, np.float32), truth, use
 
     def _weigh(self, scene: volume.Scene, d_rgb: F32) -> F32:
         """Fisher weights of the rays from the output layer's running diagonal (Eq. 3)."""
@@ -401,7 +414,9 @@ class Mapper:
         running = pool.output_fisher
         damped = running + self.adapt.fisher_damping * running.mean(1, keepdims=True) + 1e-20
         q = np.zeros(n, np.float32)
-        sums = [np.zeros((pool.rows, learn.FISHER_SIZE + 1), np.float32) for _ in range(self.threads)]
+        sums = [
+            np.zeros((pool.rows, learn.FISHER_SIZE + 1), np.float32) for _ in range(self.threads)
+        ]
 
         def part(i: int) -> None:
             a, b = n * i // self.threads, n * (i + 1) // self.threads
@@ -472,7 +487,9 @@ class Mapper:
         np.add.at(curve, which, shown * shown)
         change = slope / (curve + 50.0)
         for i in np.unique(which):
-            frames[i].gain -= (_GAIN_RATE * 4 * change[i] + 1e-5 * frames[i].gain).astype(np.float32)
+            frames[i].gain -= (_GAIN_RATE * 4 * change[i] + 1e-5 * frames[i].gain).astype(
+                np.float32
+            )
 
     def _count(
         self,
@@ -495,7 +512,9 @@ class Mapper:
                 module.steps += 1
                 module.rays += n
                 module.seconds += seconds * n / len(row)
-                module.psnr = _running(module.psnr, -10 * np.log10(max(float(error[here].mean()), 1e-9)))
+                module.psnr = _running(
+                    module.psnr, -10 * np.log10(max(float(error[here].mean()), 1e-9))
+                )
                 if before < 1 <= self._progress(module):
                     self._targets = None
 
@@ -529,9 +548,7 @@ class Mapper:
         return Closing(snapshot, let_go)
 
     def _needed(self, frame: HeldFrame) -> bool:
-        return any(
-            cell not in self.modules or self.modules[cell].row >= 0 for cell in frame.tiles
-        )
+        return any(cell not in self.modules or self.modules[cell].row >= 0 for cell in frame.tiles)
 
     def forget(self, frame_ids: dict[int, int]) -> None:
         """Let frames go after their module was committed."""
@@ -541,7 +558,9 @@ class Mapper:
 
     def unused(self) -> dict[int, int]:
         """Frames that no open or future module needs: nothing of theirs is worth a module."""
-        return {f.id: f.rays for f in self.frames.values() if not self._dirty and not self._needed(f)}
+        return {
+            f.id: f.rays for f in self.frames.values() if not self._dirty and not self._needed(f)
+        }
 
     def describe(self, module: Module) -> dict[str, Any]:
         """A module's JSON-able description; bounds are in world metres."""
@@ -575,7 +594,13 @@ class Mapper:
 
     # -- persistence ----------------------------------------------------------------------------
 
-    def adopt(self, snapshot_arrays: dict[str, npt.NDArray[Any]], meta: dict[str, Any], version: int, digest: str) -> None:
+    def adopt(
+        self,
+        snapshot_arrays: dict[str, npt.NDArray[Any]],
+        meta: dict[str, Any],
+        version: int,
+        digest: str,
+    ) -> None:
         """Load a committed module; the first one brings the map's origin and cell size."""
         if self.pool is None:
             self.origin = np.array(meta["origin"], np.float64)
@@ -616,8 +641,8 @@ class Mapper:
                 continue
             meta["modules"].append(
                 {"cell": list(m.cell), "version": m.version, "steps": m.steps, "rays": m.rays,
-                 "seeded_with": m.seeded_with, "frames": sorted(m.frames), "psnr": m.psnr, "asked": m.asked,
-                 "seconds": m.seconds}
+                 "seeded_with": m.seeded_with, "frames": sorted(m.frames), "psnr": m.psnr,
+                 "asked": m.asked, "seconds": m.seconds}
             )  # fmt: skip
             for name in ("features", "weights", "density", "surface", "seen", "band"):
                 arrays[f"{m.id}/{name}"] = getattr(self.pool, name)[m.slot].copy()
@@ -642,7 +667,9 @@ class Mapper:
         assert self.pool is not None and self.structure is not None
         self.structure.points = arrays["points"]
         self.structure.rasters = {
-            _cell(name[7:].split("/")): a for name, a in arrays.items() if name.startswith("raster/")
+            _cell(name[7:].split("/")): a
+            for name, a in arrays.items()
+            if name.startswith("raster/")
         }
         self._plane_scale = arrays.get("plane_scale")
         self.steps, self.psnr = meta["steps"], meta["psnr"]

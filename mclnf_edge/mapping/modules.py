@@ -108,7 +108,9 @@ class ModulePool:
         self.adam_steps = _grown(self, "adam_steps", (n,))
         self.slot_of_row = _grown(self, "slot_of_row", (n,), np.int32)
         self.transposed = np.zeros((n, TRANSPOSED_SIZE), np.float32)
-        self.gradient = [np.zeros((n, self.layout.features), np.float32) for _ in range(self.threads)]
+        self.gradient = [
+            np.zeros((n, self.layout.features), np.float32) for _ in range(self.threads)
+        ]
         self.weight_gradient = [np.zeros((n, MLP_SIZE), np.float32) for _ in range(self.threads)]
         self.touched = [np.zeros(n * texels, np.uint8) for _ in range(self.threads)]
         self.queue = [np.zeros(n * texels, np.int64) for _ in range(self.threads)]
@@ -230,7 +232,7 @@ class ModulePool:
         return float(low.min()), float((low + 1 / self.band[slots, 1]).max())
 
     def in_sight(self, eye: F32) -> list[Cell]:
-        """Cells a camera at local `eye` (3,) may look at: below it and within 20 times its height."""
+        """Cells a camera at local `eye` (3,) may look at: within 20 times its height."""
         cells = list(self.slot_of)
         slots = [self.slot_of[c] for c in cells]
         box, low = self.box[slots], self.band[slots, 0]
@@ -316,8 +318,8 @@ def trace(
         a, b = n * i // pool.threads, n * (i + 1) // pool.threads
         start = a * work.samples * 4
         volume.forward(
-            scene, work.tape, ro, rd, bands, a, b, work.samples, steps, np.float32(uniform), seed, jitter,
-            np.float32(reach), start,
+            scene, work.tape, ro, rd, bands, a, b, work.samples, steps, np.float32(uniform), seed,
+            jitter, np.float32(reach), start,
         )  # fmt: skip
 
     list(pool.executor.map(part, range(pool.threads)))

@@ -79,7 +79,7 @@ class Structure:
     def height_at(self, level: int, xy: F32, default: F32) -> F32:
         """(n,) raster heights at local points (n, 2), `default` where there is no raster."""
         edge = self.cell_m * (FAR if level else 1)
-        out = default.copy()
+        out: F32 = default.copy()
         index = np.floor(xy / edge).astype(np.int64)
         for ix, iy in np.unique(index, axis=0):
             raster = self.rasters.get((level, int(ix), int(iy)))
@@ -90,7 +90,7 @@ class Structure:
         return out
 
     def hits(self, frame: HeldFrame) -> tuple[F32, npt.NDArray[np.bool_], float]:
-        """Where each tile's ray meets the ground, (n, 2), whether it does, and the flying height."""
+        """Where each tile's ray meets the ground, (n, 2), whether it does, and the height flown."""
         d, _ = frame.tile_directions()
         ground = self.ground(frame)
         flying = max(float(frame.eye[2]) - ground, 1.0)
@@ -191,8 +191,8 @@ class Structure:
             seen = np.full((len(xy), len(frames), 3), -1, np.float32)
             surface.observe(
                 xy[:, 0] + np.float32(x0 + edge), xy[:, 1] + np.float32(y0 + edge),
-                raster, np.float32(x0), np.float32(y0), np.float32(inverse), np.float32(1.0 / inverse),
-                images, P, eyes, seen,
+                raster, np.float32(x0), np.float32(y0), np.float32(inverse),
+                np.float32(1.0 / inverse), images, P, eyes, seen,
             )  # fmt: skip
             values.append(seen)
         gains = surface.fit_gains(
@@ -242,7 +242,8 @@ def _plausible(points: F32, frame: HeldFrame) -> F32:
     low, middle, high = np.percentile(points[:, 2], (25, 50, 75))
     room = 4 * max(high - low, 0.03 * (frame.eye[2] - middle))
     good = (points[:, 2] > low - room) & (points[:, 2] < min(high + room, float(frame.eye[2])))
-    return points[good]
+    kept: F32 = points[good]
+    return kept
 
 
 def _cells(
@@ -273,7 +274,12 @@ def _pictures(
     for i, f in enumerate(frames):
         images[i, : f.size[1], : f.size[0]] = f.image
         masks[i, : f.size[1], : f.size[0]] = f.mask
-    return images, masks, np.stack([f.projection() for f in frames]), np.stack([f.eye for f in frames])
+    return (
+        images,
+        masks,
+        np.stack([f.projection() for f in frames]),
+        np.stack([f.eye for f in frames]),
+    )
 
 
 def _sample(raster: F32, xs: F32, ys: F32, inverse: float) -> F32:

@@ -15,7 +15,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import msgpack  # type: ignore[import-untyped]
+import msgpack
 import numpy as np
 
 from mclnf_edge.errors import MclnfError, MessageTooLarge, ProtocolError, VersionMismatch
