@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +143,7 @@ def _pairs(client: Client, capture: Capture, figures: dict[str, Any]) -> list[Pa
         truth, camera, _ = undistort(
             decode_image(frame.image, frame.encoding, frame.camera), frame.camera
         )
-        view = view_of(frame, capture.name)
-        done = _shown(client, View(camera, view.T_world_camera, view.timestamp, view.stream))
+        done = _shown(client, replace(view_of(frame, capture), camera=camera, exposure=None))
         caption = f"{figures['views'][i]['frame']}: {figures['views'][i]['psnr']:.1f} dB"
         pairs.append(Pair(truth, done.rgb, caption))
     return pairs[:_SHEET_VIEWS]
@@ -151,7 +151,7 @@ def _pairs(client: Client, capture: Capture, figures: dict[str, Any]) -> list[Pa
 
 def _flight(train: Capture) -> list[View]:
     """Views along the flown path, evenly in path length, at a reduced size."""
-    stops = [view_of(f, train.name) for f in train.frames]
+    stops = [view_of(f, train) for f in train.frames]
     if len(stops) < 2:
         return stops
     at = np.array([v.T_world_camera[:3, 3] for v in stops])
@@ -165,7 +165,7 @@ def _flight(train: Capture) -> list[View]:
         i = int(np.clip(np.searchsorted(length, s, side="right") - 1, 0, len(stops) - 2))
         u = float((s - length[i]) / (length[i + 1] - length[i]))
         pose = interpolate_pose(stops[i].T_world_camera, stops[i + 1].T_world_camera, min(u, 1.0))
-        views.append(View(small, pose))
+        views.append(View(small, pose, world=train.world))
     return views
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,7 @@ def evaluate(
     for i, frame in enumerate(frames):
         picture = decode_image(frame.image, frame.encoding, frame.camera)
         truth, camera, valid = undistort(picture, frame.camera)
-        view = view_of(frame, capture.name)
-        done = render(View(camera, view.T_world_camera, view.timestamp, view.stream, view.exposure))
+        done = render(replace(view_of(frame, capture), camera=camera))
         views.append({"frame": frame.name or str(frame.seq), **compare(done, truth, valid)})
         progress(i + 1, len(frames))
     means = {
@@ -72,6 +72,7 @@ def local_renderer(map_dir: Path, device: str = "auto") -> Callable[[View], Rend
     from mclnf_edge.config import FieldConfig, ServeConfig
     from mclnf_edge.inference.renderer import Renderer
     from mclnf_edge.mapping.mapper import Mapper
+    from mclnf_edge.mapping.sites import Sites
     from mclnf_edge.store import MapStore
 
     if device == "cuda":
@@ -79,15 +80,21 @@ def local_renderer(map_dir: Path, device: str = "auto") -> Callable[[View], Rend
     settings = ServeConfig()
     with MapStore.open(map_dir, create=False, read_only=True) as store:
         field = FieldConfig(**store.meta()["field"])
+        sites = Sites(store.meta())
         mapper = Mapper(settings.map, field, settings.adapt)
         for record in store.modules():
             if record.state == "closed":
                 snapshot = store.load_module(record.id, record.version)
                 mapper.adopt(snapshot.arrays, snapshot.meta, record.version, record.digest)
     renderer = Renderer()
-    return lambda view: renderer.render(
-        mapper.pool, mapper.origin, view, mapper.gain(view.stream, view.timestamp)
-    )
+
+    def render(view: View) -> Render:
+        site, transform = sites.find(view.world)
+        placed = replace(view, T_world_camera=transform @ view.T_world_camera)
+        gain = mapper.gain(view.stream, view.timestamp)
+        return renderer.render(mapper.pool, mapper.origins.get(site), placed, gain, site=site)
+
+    return render
 
 
 def _mean(values: list[float | None]) -> float | None:

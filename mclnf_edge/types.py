@@ -116,13 +116,17 @@ class ModuleSnapshot:
 
 @dataclass(frozen=True)
 class View:
-    """A camera to render: where it stands, how large the picture, and when (for its exposure)."""
+    """A camera to render: where it stands, how large the picture, and when (for its exposure).
+
+    `world` is the frame the pose is given in, None for that of the map's first stream.
+    """
 
     camera: Camera
     T_world_camera: Matrix4
     timestamp: float | None = None
     stream: str = ""
     exposure: float | None = None
+    world: WorldFrame | None = None
 
 
 @dataclass(frozen=True)

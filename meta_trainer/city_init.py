@@ -155,9 +155,9 @@ class Episode:
         """Draw rays only from every second frame (`remainder` 0 or 1), None: from all."""
         self.mapper._targets = None
         if remainder is not None:
-            targets = self.mapper._ray_targets()
+            targets = self.mapper._ray_targets()[0]
             keep = targets[0] % 2 == remainder
-            self.mapper._targets = tuple(part[keep] for part in targets)
+            self.mapper._targets = {0: tuple(part[keep] for part in targets)}
 
     def mean_weights(self) -> npt.NDArray[np.float64]:
         """(MLP_SIZE,) mean of the modules' parameters, weighted by the rays each was given."""
@@ -178,7 +178,7 @@ class Episode:
         camera = frame.camera.scaled(frame.camera.width // shrink, frame.camera.height // shrink)
         view = View(camera, frame.T_world_camera, frame.timestamp, _STREAM)
         gain = self.mapper.gain(_STREAM, frame.timestamp)
-        shown = self._renderer.render(self.mapper.pool, self.mapper.origin, view, gain)
+        shown = self._renderer.render(self.mapper.pool, self.mapper.origins[0], view, gain)
         truth = decode_image(frame.image, frame.encoding, frame.camera)
         small = cv2.resize(truth, (camera.width, camera.height), interpolation=cv2.INTER_AREA)
         error = (shown.rgb.astype(np.float64) - small) / 255

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mclnf_edge.captures.capture import SPLITS, SplitFilter
+from mclnf_edge.captures.capture import SPLITS, Capture, SplitFilter
 from mclnf_edge.captures.detect import open_capture
 from mclnf_edge.captures.intrinsics import INTRINSIC_KEYS, camera_from_keys, load_json, number
 from mclnf_edge.captures.transforms import frames_of, read_matrix
@@ -48,9 +48,16 @@ def parse_views(text: str, camera: Camera | None = None) -> list[View]:
     return [View(camera, _matrix_from_numbers(numbers))]
 
 
-def view_of(frame: Frame, stream: str) -> View:
-    """The view that a frame was taken from."""
-    return View(frame.camera, frame.T_world_camera, frame.timestamp, stream, frame.exposure)
+def view_of(frame: Frame, capture: Capture) -> View:
+    """The view that a capture's frame was taken from."""
+    return View(
+        frame.camera,
+        frame.T_world_camera,
+        frame.timestamp,
+        capture.name,
+        frame.exposure,
+        capture.world,
+    )
 
 
 def _capture_views(path: Path, key: str) -> list[View]:
@@ -58,11 +65,11 @@ def _capture_views(path: Path, key: str) -> list[View]:
     if key in SPLITS:
         which: SplitFilter = next(split for split in SPLITS if split == key)
         # One picture at a time: a view keeps none of it.
-        views = [view_of(frame, capture.name) for frame in capture.split(which)]
+        views = [view_of(frame, capture) for frame in capture.split(which)]
         if not views:
             raise CaptureError(f"{path}: no frame of split {key!r}")
         return views
-    return [view_of(capture.frame(key), capture.name)]
+    return [view_of(capture.frame(key), capture)]
 
 
 def _file_views(path: Path, camera: Camera | None) -> list[View]:

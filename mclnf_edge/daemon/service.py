@@ -28,11 +28,12 @@ from mclnf_edge.daemon.security import Keyring, check_role
 from mclnf_edge.daemon.sockets import Endpoint, Incoming
 from mclnf_edge.daemon.worker import RenderJob, Worker, pack_frame
 from mclnf_edge.errors import ConfigError, DiskFull, FrameRejected, MclnfError, ProtocolError
-from mclnf_edge.geometry import check_camera, check_pose, check_world, target_from_source
+from mclnf_edge.geometry import check_camera, check_pose, check_world
 from mclnf_edge.images import check_image, decode_image
 from mclnf_edge.mapping.initialization import load_init
+from mclnf_edge.mapping.sites import Sites
 from mclnf_edge.store import DURABILITY, FrameRow, MapStore
-from mclnf_edge.types import Matrix4, WorldFrame
+from mclnf_edge.types import Matrix4
 from mclnf_edge.wire.codec import decode, encode, error_reply
 from mclnf_edge.wire.messages import (
     MAX_MESSAGE_BYTES,
@@ -56,9 +57,6 @@ from mclnf_edge.wire.messages import (
 log = logging.getLogger(__name__)
 
 _PROGRESS_S = 0.5
-_MAX_SITE_M = 100_000.0
-"""Modules compute in float32 around the map's origin: at this distance to within 8 mm."""
-
 _BUSY_MS = 1000
 _MAX_ACKS = 1024
 _MAX_RENDERS = 256
@@ -70,10 +68,11 @@ class _NoHello(ProtocolError):
 
 @dataclass
 class _Stream:
-    """A stream that greeted on some connection: its axes and the transform into the map's world."""
+    """A stream that greeted on some connection: its axes, its site and the transform into it."""
 
     axes: str
-    T_map_stream: Matrix4
+    site: int
+    T_site_stream: Matrix4
     last_pose: Matrix4 | None = None
 
 
@@ -204,7 +203,7 @@ class _Service:
         try:
             frame = opengl_frame(put.frame, stream.axes)  # type: ignore[arg-type]
             check_camera(frame.camera, "frame.camera")
-            pose = stream.T_map_stream @ check_pose(frame.T_world_camera, "frame.T_world_camera")
+            pose = stream.T_site_stream @ check_pose(frame.T_world_camera, "frame.T_world_camera")
             check_image(frame.image, frame.encoding, frame.camera)
             decode_image(frame.image, frame.encoding, frame.camera)
         except FrameRejected as error:
@@ -215,7 +214,7 @@ class _Service:
         payload = None
         if not self._hovers(stream, pose):
             kept = replace(put, frame=replace(frame, T_world_camera=pose))
-            payload = pack_frame(encode(kept))
+            payload = pack_frame(stream.site, encode(kept))
         row = FrameRow(put.session, put.stream, frame.seq, frame.timestamp, payload)
         puts.append((incoming.peer, put, row))
 
@@ -264,7 +263,7 @@ class _Service:
         elif isinstance(message, StatusRequest):
             self._send(peer, StatusReply.of(self._status(), id=message.id))
         elif isinstance(message, CloseTask):
-            self._send(peer, Closed(id=message.id, tasks=self.worker.close_tasks()))
+            self._send(peer, self._end_task(message))
         elif isinstance(message, Drain):
             request = self.worker.drain(message.close)
             self._drainers.append(_Drainer(peer, message.id, request, 0.0))
@@ -276,27 +275,33 @@ class _Service:
     def _queue_render(self, peer: bytes, message: RenderRequest) -> None:
         if self.worker.waiting >= _MAX_RENDERS:
             raise ProtocolError(f"render: {_MAX_RENDERS} requests wait already; ask again later")
-        self.worker.submit(RenderJob(peer, message, time.monotonic()))
+        site, now = 0, time.monotonic()
+        if message.view is not None:
+            site, transform = Sites(self.store.meta()).find(message.view.world)
+            pose = transform @ check_pose(message.view.T_world_camera, "view")
+            message = replace(message, view=replace(message.view, T_world_camera=pose))
+        self.worker.submit(RenderJob(peer, message, now, site))
+
+    def _end_task(self, message: CloseTask) -> Closed:
+        """The task that was named, else every module that is open now."""
+        self.worker.end_task(f"{message.session}/{message.stream}", message.task)
+        if message.task is not None:
+            return Closed(id=message.id, tasks=(message.task,))
+        modules = self.worker.state["modules"]
+        learning = tuple(m["id"] for m in modules if m["state"] in ("open", "adapting"))
+        return Closed(id=message.id, tasks=learning)
 
     def _greet(self, peer: bytes, hello: Hello) -> Welcome:
         if hello.modality != "posed":
             raise ProtocolError(f"hello: expected modality posed, received {hello.modality}")
         world = check_world(hello.world)
-        self.store.fix_meta({} if "world" in self.store.meta() else {"world": asdict(world)})
-        kept = self.store.meta()["world"]
-        origin = kept["origin"]
-        target = WorldFrame(kept["crs"], None if origin is None else tuple(origin))
-        transform = target_from_source(world, target)
-        away = float(np.linalg.norm(transform[:3, 3]))
-        if away > _MAX_SITE_M:
-            raise FrameRejected(
-                f"world frame: expected an origin within {_MAX_SITE_M / 1e3:.0f} km of this map's, "
-                f"received one {away / 1e3:.0f} km away; give that site a map of its own"
-            )
+        sites = Sites(self.store.meta())
+        self.store.fix_meta(sites.add(world))
+        site, transform = sites.find(world)
         self.store.put_stream(
             hello.session, hello.stream, {**asdict(hello), "world": asdict(world)}
         )
-        self._streams[(peer, hello.session, hello.stream)] = _Stream(hello.axes, transform)
+        self._streams[(peer, hello.session, hello.stream)] = _Stream(hello.axes, site, transform)
         last = [
             s
             for s in self.store.streams()
@@ -447,7 +452,6 @@ def _check_supported(config: ServeConfig, device: str) -> None:
     if device == "cuda":
         raise ConfigError("--device cuda: the fast field's kernels run on the CPU; use cpu or auto")
     for name, value, built in (
-        ("map.tasks", config.map.tasks, ("grid",)),
         ("field.kind", config.field.kind, ("planes",)),
         ("render.engine", config.render.engine, ("auto", "kernels")),
     ):

@@ -49,27 +49,32 @@ _STATE_S = 0.25
 _COMPUTE_ENGINE = "kernels"
 
 
-def pack_frame(parts: list[bytes]) -> bytes:
-    """A frame's message parts as one ledger payload."""
-    packed: bytes = msgpack.packb(parts, use_bin_type=True)
+def pack_frame(site: int, parts: list[bytes]) -> bytes:
+    """A frame's site and message parts as one ledger payload."""
+    packed: bytes = msgpack.packb([site, *parts], use_bin_type=True)
     return packed
 
 
-def unpack_frame(payload: bytes) -> PutFrame:
-    """The frame of a ledger payload; raises ProtocolError when it is not one."""
-    message = decode(msgpack.unpackb(payload, raw=False))
+def unpack_frame(payload: bytes) -> tuple[int, PutFrame]:
+    """The site and frame of a ledger payload; raises Corrupt or ProtocolError."""
+    site, *parts = msgpack.unpackb(payload, raw=False)
+    message = decode(parts)
     if not isinstance(message, PutFrame):
         raise Corrupt(f"ledger payload: expected put-frame, received {message.tag}")
-    return message
+    return int(site), message
 
 
 @dataclass(frozen=True)
 class RenderJob:
-    """A render request, who asked, and when it came in (monotonic seconds)."""
+    """A render request, who asked, and when it came in (monotonic seconds).
+
+    The request's pose is in the world frame of `site`.
+    """
 
     peer: bytes
     request: RenderRequest
     arrived: float
+    site: int = 0
 
 
 class Worker(threading.Thread):
@@ -89,7 +94,9 @@ class Worker(threading.Thread):
     ) -> None:
         super().__init__(name="compute", daemon=True)
         self.config, self.store, self._send = config, store, send
-        self.mapper = Mapper(config.map, config.field, config.adapt, init.mlp, threads)
+        self.mapper = Mapper(
+            config.map, config.field, config.adapt, init.mlp, threads, store.load_module
+        )
         self.renderer = Renderer()
         self.error: BaseException | None = None
         self.beat = time.monotonic()
@@ -104,7 +111,7 @@ class Worker(threading.Thread):
         self._work = True
         self._stopping = False
         self._drain = False
-        self._close_asked = False
+        self._ends: deque[tuple[str, str | None]] = deque()
         self._last_id = 0
         self._ingested_all = False
         self._versions = 0
@@ -149,11 +156,10 @@ class Worker(threading.Thread):
         self.nudge()
         return request
 
-    def close_tasks(self) -> tuple[str, ...]:
-        """Ask every open task to close when its budget is spent; their names."""
-        self._close_asked = True
+    def end_task(self, stream: str, task: str | None) -> None:
+        """See `Mapper.end_task`; `stream` is "session/stream"."""
+        self._ends.append((stream, task))
         self.nudge()
-        return tuple(m["id"] for m in self.state["modules"] if m["state"] != "closed")
 
     def stop(self) -> None:
         """End after the current step, with a checkpoint of the open work."""
@@ -183,10 +189,9 @@ class Worker(threading.Thread):
         self.beat = time.monotonic()
         self._serve_renders()
         busy = self._ingest()
-        if self._close_asked:
-            self._close_asked = False
-            for module in self.mapper.modules.values():
-                module.asked = module.row >= 0 or module.asked
+        if self._ingested_all:  # the task's frames come first
+            while self._ends:
+                self.mapper.end_task(*self._ends.popleft())
         self.mapper.draining = self._drain and self._ingested_all
         if self.mapper.settle(self._pause):
             busy = True
@@ -253,9 +258,9 @@ class Worker(threading.Thread):
                 break
             self._last_id, any_frame = held.id, True
             try:
-                put = unpack_frame(held.payload)
-                stream = f"{held.session}/{held.stream}"
-                self.mapper.add(held.id, stream, put.frame, kept=self._kept.pop(str(held.id), None))
+                site, put = unpack_frame(held.payload)
+                stream, kept = f"{held.session}/{held.stream}", self._kept.pop(str(held.id), None)
+                self.mapper.add(held.id, stream, put.frame, site=site, kept=kept)
             except MclnfError as error:
                 log.warning(
                     "frame %d (%s/%s #%d) let go: %s",
@@ -283,6 +288,10 @@ class Worker(threading.Thread):
     def _commit_finished(self) -> None:
         for module in self.mapper.finished():
             closing = self.mapper.close(module)
+            if closing.snapshot is None:
+                self._stored(lambda c=closing: self.store.let_go(c.let_go))  # type: ignore[misc]
+                self.mapper.forget(closing.let_go)
+                continue
             record = self._stored(lambda c=closing: self.store.commit_module(c.snapshot, c.let_go))  # type: ignore[misc]
             module.digest = record.digest
             self._committed[record.id] = module_info(record)
@@ -353,15 +362,16 @@ class Worker(threading.Thread):
         view = _sized(request)
         small = replace(view, camera=_preview(view, self.config.render.preview_px))
         if request.quality in ("preview", "progressive"):
-            self._send(job.peer, self._reply(request, small, final=request.quality == "preview"))
+            self._send(job.peer, self._reply(job, small, final=request.quality == "preview"))
         if request.quality != "preview":
-            self._send(job.peer, self._reply(request, view, final=True))
+            self._send(job.peer, self._reply(job, view, final=True))
 
-    def _reply(self, request: RenderRequest, view: View, *, final: bool) -> RenderReply:
-        start = time.monotonic()
+    def _reply(self, job: RenderJob, view: View, *, final: bool) -> RenderReply:
+        start, request = time.monotonic(), job.request
         mapper = self.mapper
         gain = mapper.gain(view.stream, view.timestamp)
-        done = self.renderer.render(mapper.pool, mapper.origin, view, gain, self._versions)
+        origin = mapper.origins.get(job.site)
+        done = self.renderer.render(mapper.pool, origin, view, gain, self._versions, job.site)
         ms = (time.monotonic() - start) * 1e3
         return RenderReply(
             id=request.id,

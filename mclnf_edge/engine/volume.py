@@ -53,11 +53,12 @@ _ONE = float32(1)
 class Scene(NamedTuple):
     """Everything a ray reads; slot s of each array is one module.
 
-    Coordinates are metres in the map's local float32 frame. `cells` is an open hash table of cells,
-    rows (level + 1, ix, iy, slot), 0 = empty; its length is a power of two. `box[s]` is a module's
+    Coordinates are metres in the local float32 frame of `site`. `cells` is an open hash table, rows
+    (level + 1, ix, iy, slot), 0 = empty; its length is a power of two. `box[s]` is a module's
     (x, y, edge) with its margins; `band[s]` is (lowest z, 1 / height). `surface`, `seen` are
     (S, SURFACE, SURFACE): surface height and the number of frames that saw it. `owner[s]` is the
-    row of a trainable module in the gradient arrays, -1 when it is frozen.
+    row of a trainable module in the gradient arrays, -1 when it is frozen. A site's inner cells are
+    of level 2 * site, its outer ones of the level after it.
     """
 
     cell: float
@@ -73,6 +74,7 @@ class Scene(NamedTuple):
     surface: F32
     seen: U8
     owner: I32
+    site: int
 
 
 class Tape(NamedTuple):
@@ -173,8 +175,9 @@ def gate(scene, x, y, slots, share):
 
     Outer cells answer only where no inner one does.
     """
-    for level in range(2):
-        edge = float32(scene.cell) * float32(1 if level == 0 else FAR)
+    for outer in range(2):
+        level = 2 * scene.site + outer
+        edge = float32(scene.cell) * float32(1 if outer == 0 else FAR)
         fx, fy = x / edge, y / edge
         ix, iy = int(math.floor(fx)), int(math.floor(fy))
         ax, ay = float32(fx - ix), float32(fy - iy)
@@ -208,7 +211,8 @@ def gate(scene, x, y, slots, share):
 def _voxel(scene, x, y, z):
     """(slot, voxel) of the density grid at a point, (-1, 0) outside every module."""
     inverse = _ONE / float32(scene.cell)
-    for level in range(2):
+    for outer in range(2):
+        level = 2 * scene.site + outer
         fx, fy = x * inverse, y * inverse
         inverse *= float32(1 / FAR)
         ix, iy = int(math.floor(fx)), int(math.floor(fy))

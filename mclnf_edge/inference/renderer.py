@@ -31,8 +31,11 @@ class Renderer:
         view: View,
         gain: F32,
         map_version: int = 0,
+        site: int = 0,
     ) -> Render:
-        """One view at its camera's size. `gain` (3,) is the log exposure it is shown with.
+        """One view of a site, at its camera's size, its pose in the site's world frame.
+
+        `origin` (3,) float64 is the site's; `gain` (3,) the log exposure the view is shown with.
 
         Light that no seen matter stops is replaced by mid-grey; `known` is the share that is.
         """
@@ -46,7 +49,7 @@ class Renderer:
         length = np.linalg.norm(directions, axis=1)
         rd = np.ascontiguousarray(directions / length[:, None], np.float32)
         eye = (view.T_world_camera[:3, 3] - origin).astype(np.float32)
-        cells = pool.in_sight(eye)
+        cells = pool.in_sight(eye, site)
         low, high = pool.height_band(cells)
         if not cells:
             return _nothing(h, w, map_version)
@@ -60,7 +63,7 @@ class Renderer:
             part = rd[a : a + _CHUNK]
             ro = np.ascontiguousarray(np.broadcast_to(eye, part.shape))
             trace(pool, self._work, ro, part, bands, steps=_COARSE_STEPS, uniform=0.01, seed=0,
-                  jitter=False, reach=reach)  # fmt: skip
+                  jitter=False, reach=reach, site=site)  # fmt: skip
             n = len(part)
             matter = 1 - tape.left[:n]
             share = np.where(matter > 1e-3, tape.known[:n] / np.maximum(matter, 1e-3), 0)

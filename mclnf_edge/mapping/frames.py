@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 import cv2
@@ -23,7 +24,9 @@ class HeldFrame:
     `image` (H, W, 3) uint8 RGB, `mask` (H, W) uint8 (0 = ignore), `K` = (fx, fy, cx, cy) pixels,
     `rotation` (3, 3) camera (OpenGL axes) to world, `eye` (3,) local metres, `gain` (3,) natural
     logarithm of the exposure. `tiles` maps each cell to the tile indices whose rays reach it,
-    `band` is the lowest and highest z of those cells' modules.
+    `band` is the lowest and highest z of those cells' modules. `site` is the part of the world it
+    was taken in, `task` what the publisher or the clock call its task, `arrived` monotonic seconds.
+    An `anchored` frame's gain came from closed modules.
     """
 
     id: int
@@ -35,10 +38,14 @@ class HeldFrame:
     K: tuple[float, float, float, float]
     rotation: F32
     eye: F32
+    site: int = 0
+    task: str = ""
+    arrived: float = field(default_factory=time.monotonic)
     gain: F32 = field(default_factory=lambda: np.zeros(3, np.float32))
     tiles: dict[Cell, npt.NDArray[np.int32]] = field(default_factory=dict)
     band: tuple[float, float] = (0.0, 0.0)
     rays: int = 0
+    anchored: bool = False
     half: F32 = field(init=False)
     keypoints: F32 = field(init=False)
     descriptors: npt.NDArray[np.uint8] | None = field(init=False)

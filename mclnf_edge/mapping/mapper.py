@@ -25,8 +25,17 @@ from mclnf_edge.engine.field import MLP_SIZE, Layout, random_mlp
 from mclnf_edge.errors import FrameRejected, InitError
 from mclnf_edge.images import decode_image, decode_mask, undistort, undistort_layer
 from mclnf_edge.mapping.frames import TILE, HeldFrame
-from mclnf_edge.mapping.modules import Cell, Module, ModulePool, Workspace, trace
-from mclnf_edge.mapping.structure import Structure
+from mclnf_edge.mapping.modules import (
+    Cell,
+    Module,
+    ModulePool,
+    Workspace,
+    cell_name,
+    pack_information,
+    trace,
+    unpack_information,
+)
+from mclnf_edge.mapping.structure import Structure, auto_cell
 from mclnf_edge.types import Frame, ModuleSnapshot
 
 F32 = npt.NDArray[np.float32]
@@ -36,15 +45,23 @@ _COARSE_STEPS = 48
 _SAMPLES = 6
 _UNIFORM = 0.05
 _GAIN_RATE = 0.01
+_PROBES = 1024
+_ANCHOR_RAYS = 512
+_ANCHOR_TILES = 8
+_REVISIT_VIEWS = 4
+_REVISIT_SHARE = 0.25
+"""A closed module is learned again when new frames bring this share of the tiles it was made of."""
+_REVISIT_LOSS_DB = 0.05
+_GUARD = 64.0
 _MAX_EDGE_PX = 960
 """Larger pictures are reduced to this width or height before they are held."""
 
 
 @dataclass(frozen=True)
 class Closing:
-    """A module to commit, and the frames that no open module needs once it is committed."""
+    """A module to commit (None: its parent stands), and the frames that nothing needs then."""
 
-    snapshot: ModuleSnapshot
+    snapshot: ModuleSnapshot | None
     let_go: dict[int, int]
     """Frame id -> rays it was trained with."""
 
@@ -60,9 +77,10 @@ class StepReport:
 class Mapper:
     """All modules, held frames and exposures of one map.
 
-    `origin` (3,) float64 world metres is subtracted from every position; it is the first frame's
-    camera position, rounded, unless a restored map brings its own. `cell_m` None: chosen from the
-    first frame's footprint.
+    A map has one or more sites, parts of the world too far apart for one float32 frame. A site's
+    `origins` entry, (3,) float64 metres in its world frame, is subtracted from every position; it
+    is the camera position of the site's first frame, rounded. `recall(id, version)` gives back a
+    committed module; without it, what is closed is never learned again.
     """
 
     def __init__(
@@ -72,6 +90,7 @@ class Mapper:
         adapt: AdaptConfig,
         mlp: F32 | None = None,
         threads: int = 2,
+        recall: Callable[[str, int], ModuleSnapshot] | None = None,
     ) -> None:
         """`mlp`: the meta-learned initial parameters, None for a random start."""
         if mlp is not None and mlp.shape != (MLP_SIZE,):
@@ -79,9 +98,10 @@ class Mapper:
         self.config, self.field, self.adapt = map_config, field, adapt
         self.mlp = random_mlp(adapt.seed) if mlp is None else mlp
         self.threads = threads
-        self.origin: npt.NDArray[np.float64] | None = None
+        self.recall = recall
+        self.origins: dict[int, npt.NDArray[np.float64]] = {}
+        self.structures: dict[int, Structure] = {}
         self.pool: ModulePool | None = None
-        self.structure: Structure | None = None
         self.modules: dict[Cell, Module] = {}
         self.frames: dict[int, HeldFrame] = {}
         self.gains: dict[str, dict[float, F32]] = {}
@@ -94,37 +114,77 @@ class Mapper:
         self._dirty = False
         self._tiles: Counter[Cell] = Counter()
         self._tiles_per_frame = 1.0
-        self._targets: tuple[npt.NDArray[np.int32], ...] | None = None
+        self._targets: dict[int, tuple[npt.NDArray[np.int32], ...]] | None = None
+        self._task_of: dict[str, str] = {}
+        self._ended: set[str] = set()
 
     # -- frames ---------------------------------------------------------------------------------
 
     def add(
-        self, frame_id: int, stream: str, frame: Frame, *, kept: list[Any] | None = None
+        self,
+        frame_id: int,
+        stream: str,
+        frame: Frame,
+        *,
+        site: int = 0,
+        kept: list[Any] | None = None,
     ) -> None:
-        """Decode and hold a frame. Raises FrameRejected.
+        """Decode and hold a frame of a site. Raises FrameRejected.
 
         `kept` is what `checkpoint` wrote of this frame: rays trained so far and its exposure; its
         matched points are in the checkpoint already.
         """
-        held = self._hold(frame_id, stream, frame)
-        if self.structure is None:
-            cell = self.config.cell_size_m
-            self.structure = Structure(1.0 if cell == "auto" else float(cell))
+        held = self._hold(frame_id, stream, frame, site)
+        structure = self._structure(site)
         if kept is None:
-            self.structure.add_frame(held, list(self.frames.values())[-12:], frame.height_m)
+            recent = [f for f in self.frames.values() if f.site == site][-12:]
+            structure.add_frame(held, recent, frame.height_m)
             held.gain = self._guess_gain(held)
         else:
             held.rays, held.gain = int(kept[0]), np.array(kept[1:], np.float32)
         self.frames[frame_id] = held
+        self._begin_task(stream, held.task)
         self._dirty = True
+
+    def _structure(self, site: int) -> Structure:
+        if site not in self.structures:
+            asked = self.config.cell_size_m
+            cell = 1.0 if asked == "auto" else float(asked)
+            self.structures[site] = Structure(cell if self.pool is None else self.pool.cell_m, site)
+        return self.structures[site]
+
+    def _task(self, stream: str, frame: Frame) -> str:
+        """The task a frame belongs to besides its cells: the publisher's or a time window's."""
+        if self.config.tasks == "publisher":
+            return f"{stream}/{frame.task or ''}"
+        if self.config.tasks == "time":
+            return f"{stream}@{int(frame.timestamp // self.config.time_window_s)}"
+        return ""
+
+    def _begin_task(self, stream: str, task: str) -> None:
+        """A stream is in one task at a time: its last one ends where the next begins."""
+        before = self._task_of.get(stream)
+        if before is not None and before != task:
+            self._ended.add(before)
+        self._ended.discard(task)
+        self._task_of[stream] = task
+
+    def end_task(self, stream: str, task: str | None) -> None:
+        """Let a stream's task (None: its present one) close once learned; on a grid, every cell."""
+        name = self._task_of.get(stream, "") if task is None else f"{stream}/{task}"
+        if self.config.tasks != "grid":
+            self._ended.add(name)
+            return
+        for module in self.modules.values():
+            module.asked = module.asked or module.row >= 0
 
     @property
     def hover_m(self) -> float:
         """How far a camera must move before its picture adds parallax: 0.4 % of flying height."""
-        if self.structure is None or not self.frames or len(self.structure.points) < 30:
+        last = next(reversed(self.frames.values()), None)
+        if last is None or len(self.structures[last.site].points) < 30:
             return 1e-3
-        last = next(reversed(self.frames.values()))
-        return 0.004 * max(float(last.eye[2]) - self.structure.ground(last), 1.0)
+        return 0.004 * max(float(last.eye[2]) - self.structures[last.site].ground(last), 1.0)
 
     @property
     def held_bytes(self) -> int:
@@ -142,7 +202,7 @@ class Mapper:
                 over -= frame.nbytes
         return out
 
-    def _hold(self, frame_id: int, stream: str, frame: Frame) -> HeldFrame:
+    def _hold(self, frame_id: int, stream: str, frame: Frame, site: int) -> HeldFrame:
         image = decode_image(frame.image, frame.encoding, frame.camera)
         image, camera, valid = undistort(image, frame.camera)
         mask = np.where(valid, 255, 0).astype(np.uint8)
@@ -161,13 +221,12 @@ class Mapper:
                 f"{camera.width}x{camera.height}"
             )
         position = frame.T_world_camera[:3, 3]
-        if self.origin is None:
-            self.origin = np.round(position)
+        origin = self.origins.setdefault(site, np.round(position))
         return HeldFrame(
             frame_id, stream, frame.seq, frame.timestamp, np.ascontiguousarray(image), mask,
             (camera.fx, camera.fy, camera.cx, camera.cy),
             frame.T_world_camera[:3, :3].astype(np.float32),
-            (position - self.origin).astype(np.float32),
+            (position - origin).astype(np.float32), site, self._task(stream, frame),
         )  # fmt: skip
 
     def _guess_gain(self, held: HeldFrame) -> F32:
@@ -206,29 +265,41 @@ class Mapper:
         A module is seeded again while it is young, each time its views have doubled: measured
         surfaces from more views beat what a few hundred steps have learned from fewer.
         """
-        if not self._dirty or self.structure is None:
+        if not self._dirty:
             return False
         frames = list(self.frames.values())
-        if len(frames) < 2 and len(self.structure.points) < 8 and not self.draining:
+        few = len(frames) < 2 and all(len(s.points) < 8 for s in self.structures.values())
+        if few and not self.draining:
             return False
         self._dirty = False
-        self._ensure_pool(frames)
-        assert self.pool is not None
-        closed = {c for c, m in self.modules.items() if m.state in ("closed", "quarantined")}
-        worth = self.structure.assign(frames, closed)
+        for site, structure in self.structures.items():
+            here = [f for f in frames if f.site == site]
+            if here:
+                self._settle_site(structure, here, pause)
+        self._count_tiles()
+        self._remember_gains(frames)
+        self._targets = None
+        return True
+
+    def _settle_site(
+        self, structure: Structure, frames: list[HeldFrame], pause: Callable[[], None]
+    ) -> None:
+        pool = self._ensure_pool(structure, frames)
+        closed = {c for c, m in self.modules.items() if m.row < 0}
+        worth = structure.assign(frames, closed)
+        self._anchor(frames, closed)
+        for cell in sorted(worth & closed):
+            self._revisit(structure, self.modules[cell], frames)
         seeds = [c for c in sorted(worth) if self._needs_seed(c, frames)]
-        self._seed(seeds, frames, pause)
+        self._seed(pool, structure, seeds, frames, pause)
         now = time.monotonic()
         for frame in frames:
             for cell in frame.tiles:
                 module = self.modules.get(cell)
                 if module is not None and frame.id not in module.frames and module.row >= 0:
                     module.frames.add(frame.id)
+                    module.tasks.add(frame.task)
                     module.last_frame_at = now
-        self._count_tiles()
-        self._remember_gains(frames)
-        self._targets = None
-        return True
 
     def _count_tiles(self) -> None:
         """How many tiles of the held frames each cell owns: what a module's budget follows."""
@@ -240,56 +311,60 @@ class Mapper:
             frame.band = self.pool.height_band(frame.tiles)
         self._tiles_per_frame = sum(self._tiles.values()) / max(len(self.frames), 1)
 
-    def _ensure_pool(self, frames: list[HeldFrame]) -> None:
-        assert self.structure is not None
-        if self.pool is not None:
-            return
-        if self.config.cell_size_m == "auto":
-            self.structure.cell_m = self._auto_cell(frames)
-            log.info("cell size %.1f m from the first footprints", self.structure.cell_m)
-        layout = Layout.of(self.field.plane_texels, self.field.plane_vertical, self.field.voxels)
-        self.pool = ModulePool(layout, self.structure.cell_m, self.mlp, self.threads)
+    def _ensure_pool(self, structure: Structure, frames: list[HeldFrame]) -> ModulePool:
+        if self.pool is None:
+            if self.config.cell_size_m == "auto":
+                structure.cell_m = auto_cell(structure, frames)
+                log.info("cell size %.1f m from the first footprints", structure.cell_m)
+            self._make_pool(structure.cell_m)
+        assert self.pool is not None
+        return self.pool
 
-    def _auto_cell(self, frames: list[HeldFrame]) -> float:
-        """0.75 of a footprint's mean edge: flying height times image size over focal length."""
-        assert self.structure is not None
-        edges = []
-        for f in frames[:8]:
-            w, h = f.size
-            flying = max(float(f.eye[2]) - self.structure.ground(f), 1.0)
-            edges.append(flying * np.sqrt(w * h / (f.K[0] * f.K[1])))
-        return float(np.clip(0.75 * np.median(edges), 1.0, 2000.0))
+    def _make_pool(self, cell_m: float) -> ModulePool:
+        layout = Layout.of(self.field.plane_texels, self.field.plane_vertical, self.field.voxels)
+        self.pool = ModulePool(layout, cell_m, self.mlp, self.threads)
+        for structure in self.structures.values():
+            structure.cell_m = cell_m
+        return self.pool
 
     def _needs_seed(self, cell: Cell, frames: list[HeldFrame]) -> bool:
         views = sum(cell in f.tiles for f in frames)
         module = self.modules.get(cell)
         if module is None:
             return views >= 2 or (views == 1 and self.draining)
+        if module.version > 1:
+            return False
         young = module.row >= 0 and self._progress(module) < 0.5
         return young and views >= 2 * module.seeded_with
 
-    def _seed(self, cells: list[Cell], frames: list[HeldFrame], pause: Callable[[], None]) -> None:
-        assert self.structure is not None and self.pool is not None
+    def _seed(
+        self,
+        pool: ModulePool,
+        structure: Structure,
+        cells: list[Cell],
+        frames: list[HeldFrame],
+        pause: Callable[[], None],
+    ) -> None:
         for cell in cells:
             seeing = [f for f in frames if cell in f.tiles]
-            flying = max(float(f.eye[2]) - self.structure.ground(f) for f in seeing)
+            flying = max(float(f.eye[2]) - structure.ground(f) for f in seeing)
             module = self.modules.get(cell)
             if module is None:
-                band = self.structure.band(cell, flying)
-                module = self.modules[cell] = self.pool.spawn(cell, *band)
+                band = structure.band(cell, flying)
+                module = self.modules[cell] = pool.spawn(cell, *band)
                 log.info("task %s opened by frame %d", module.id, seeing[-1].id)
-            low, high = self.structure.sweep(cell, seeing, *self.structure.band(cell, flying))
-            self.pool.place(cell, module.slot, low, high)
+            low, high = structure.sweep(cell, seeing, *structure.band(cell, flying))
+            pool.place(cell, module.slot, low, high)
             pause()
         if not cells:
             return
         involved = [f for f in frames if any(c in f.tiles for c in cells)]
-        self.structure.fit_exposures(cells, involved)
+        structure.fit_exposures(cells, involved)
         for cell in cells:
             module = self.modules[cell]
-            self.structure.seed(self.pool, module, frames)
-            self.pool.weights[module.slot] = self.pool.mlp
-            self.pool.reset_learning(module.row)
+            structure.seed(pool, module, frames)
+            pool.weights[module.slot] = pool.mlp
+            pool.reset_learning(module.row)
             module.seeded_with = sum(cell in f.tiles for f in frames)
             pause()
 
@@ -318,21 +393,22 @@ class Mapper:
         done = sum(w * self._progress(m) for w, m in zip(weights, learning, strict=True))
         return min(done / sum(weights), 1.0)
 
-    def _ray_targets(self) -> tuple[npt.NDArray[np.int32], ...]:
-        """(frame index, tile, row) of every tile that an unfinished module may draw from."""
+    def _ray_targets(self) -> dict[int, tuple[npt.NDArray[np.int32], ...]]:
+        """Site -> (frame index, tile, row) of the tiles that its unfinished modules draw from."""
         if self._targets is None:
-            parts = []
+            parts: dict[int, list[npt.NDArray[np.int32]]] = {}
             for i, frame in enumerate(self.frames.values()):
                 for cell, tiles in frame.tiles.items():
                     module = self.modules.get(cell)
                     if module is not None and module.row >= 0 and self._progress(module) < 1:
-                        parts.append(
+                        parts.setdefault(frame.site, []).append(
                             np.stack(
                                 [np.full_like(tiles, i), tiles, np.full_like(tiles, module.row)]
                             )
                         )
-            joined = np.concatenate(parts, axis=1) if parts else np.zeros((3, 0), np.int32)
-            self._targets = tuple(joined)
+            self._targets = {
+                site: tuple(np.concatenate(found, axis=1)) for site, found in parts.items()
+            }
         return self._targets
 
     def step(self) -> StepReport | None:
@@ -341,20 +417,22 @@ class Mapper:
         Algorithm 1, lines 9-17: draw rays, render them through the gate, score each by its Fisher
         information, weigh the loss, update. Frozen modules are rendered and not touched.
         """
-        frame_of, tile, row = self._ray_targets()
-        if len(tile) == 0 or self.pool is None:
+        targets = self._ray_targets()
+        if not targets or self.pool is None:
             return None
+        site = self._pick_site(targets)
+        frame_of, tile, row = targets[site]
         began = time.perf_counter()
         pool, tape, n = self.pool, self._work.tape, self.adapt.rays_per_step
         frames = list(self.frames.values())
         pick = self._random.integers(0, len(tile), n)
-        ro, rd, truth, use = self._rays(frames, frame_of[pick], tile[pick])
+        ro, rd, truth, use = self._rays(frames, frame_of[pick], tile[pick], self._random)
         self.steps += 1
-        reach = 60.0 * float(max(f.eye[2] - f.band[0] for f in frames))
+        reach = 60.0 * float(max(f.eye[2] - f.band[0] for f in frames if f.site == site))
         scene = trace(
             pool, self._work, ro, rd, self._bands(frames)[frame_of[pick]], steps=_COARSE_STEPS,
             uniform=_UNIFORM, seed=self.steps + self.adapt.seed * 1_000_003, jitter=True,
-            reach=reach,
+            reach=reach, site=site,
         )  # fmt: skip
         gains = np.exp(np.stack([f.gain for f in frames]))[frame_of[pick]]
         residual = tape.rgb[:n] * gains - truth
@@ -371,18 +449,30 @@ class Mapper:
         self.psnr = _running(self.psnr, -10 * np.log10(max(mse, 1e-9)))
         return StepReport(self.psnr, n)
 
+    def _pick_site(self, targets: dict[int, tuple[npt.NDArray[np.int32], ...]]) -> int:
+        """One site a step, as often as its share of the tiles."""
+        sites = list(targets)
+        if len(sites) == 1:
+            return sites[0]
+        share = np.array([len(targets[s][0]) for s in sites], np.float64)
+        return int(self._random.choice(sites, p=share / share.sum()))
+
     def _bands(self, frames: list[HeldFrame]) -> F32:
         """(frames, 2) lowest and highest z of the modules each frame looks at."""
         return np.array([f.band for f in frames], np.float32)
 
     def _rays(
-        self, frames: list[HeldFrame], which: npt.NDArray[np.int32], tile: npt.NDArray[np.int32]
+        self,
+        frames: list[HeldFrame],
+        which: npt.NDArray[np.int32],
+        tile: npt.NDArray[np.int32],
+        random: np.random.Generator,
     ) -> tuple[F32, F32, F32, F32]:
         """Origins, directions, true colours and mask (R,) of one random pixel in each tile."""
         sizes = np.array([f.size for f in frames])[which]
         across = sizes[:, 0] // TILE
         tw, th = sizes[:, 0] / across, sizes[:, 1] / (sizes[:, 1] // TILE)
-        jitter = self._random.random((len(which), 2))
+        jitter = random.random((len(which), 2))
         column = np.minimum(((tile % across) + jitter[:, 0]) * tw, sizes[:, 0] - 1).astype(np.int64)
         line = np.minimum(((tile // across) + jitter[:, 1]) * th, sizes[:, 1] - 1).astype(np.int64)
         k = np.array([f.K for f in frames])[which]
@@ -458,6 +548,7 @@ class Mapper:
         for g in pool.weight_gradient:
             g[rows] = 0
         moment, square, steps = pool.moment[rows], pool.square[rows], pool.adam_steps[rows]
+        gradient[pool.guarded[rows]] = 0
         slots = pool.slot_of_row[rows]
         rate = self.adapt.lr_mlp * 0.1 ** self.progress()
         pool.weights[slots] = learn.adam(pool.weights[slots], gradient, moment, square, steps, rate)
@@ -528,27 +619,170 @@ class Mapper:
             for m in self.modules.values()
             if m.row >= 0
             and self._progress(m) >= 1
-            and (self.draining or m.asked or now - m.last_frame_at > quiet)
+            and (self.draining or m.asked or self._ended_all(m) or now - m.last_frame_at > quiet)
         ]
 
+    def _ended_all(self, module: Module) -> bool:
+        tasks = module.tasks - {""}
+        return bool(tasks) and tasks <= self._ended
+
     def close(self, module: Module) -> Closing:
-        """Freeze a module for good; what to commit and which frames nothing needs any more."""
-        assert self.pool is not None and self.origin is not None
+        """Freeze a module for good; what to commit and which frames nothing needs any more.
+
+        A later version that shows its parent's probe rays worse than the parent did is given up:
+        the parent stands, and there is nothing to commit.
+        """
+        assert self.pool is not None
+        probes = self._probe_rays(module)
+        information = pack_information(self.pool.fisher[module.row])
         self.pool.freeze(module)
         module.state = "closed"
         self._targets = None
-        meta = {**self.describe(module), "gains": self._exposures_of(module)}
-        snapshot = self.pool.snapshot(module, meta)
         let_go = {}
         for frame_id in sorted(module.frames):
             frame = self.frames.get(frame_id)
             if frame is not None and not self._needed(frame):
                 let_go[frame_id] = frame.rays
         log.info("task %s closed: %d steps, %d frames let go", module.id, module.steps, len(let_go))
+        parent: dict[str, int] = {}
+        if module.version > 1:
+            before = self._recalled(module, module.version - 1)
+            if not self._holds(module, before):
+                return Closing(None, let_go)
+            probes = _mixed(before.arrays["probes"], probes)
+            parent = {"parent": before.version}
+        module.tiles = self._tiles.get(module.cell, 0)
+        meta = {**self.describe(module), "gains": self._exposures_of(module), **parent}
+        meta |= {"frame_ids": sorted(module.frames), "tiles": module.tiles}
+        snapshot = self.pool.snapshot(module, meta)
+        snapshot.arrays.update(probes=probes, information=information)
         return Closing(snapshot, let_go)
 
     def _needed(self, frame: HeldFrame) -> bool:
-        return any(cell not in self.modules or self.modules[cell].row >= 0 for cell in frame.tiles)
+        """Whether an open or coming module learns from a frame, or a closed one may yet."""
+        waits = not self.draining and time.monotonic() - frame.arrived < self.config.inactivity_s
+        for cell in frame.tiles:
+            module = self.modules.get(cell)
+            if module is None or module.row >= 0:
+                return True
+            if waits and self.recall is not None and frame.id not in module.frames:
+                return True
+        return False
+
+    # -- revisits -------------------------------------------------------------------------------
+
+    def _revisit(self, structure: Structure, module: Module, frames: list[HeldFrame]) -> None:
+        """Open version k + 1 of a closed module once enough of it was seen again.
+
+        It starts from version k and k's Fisher information: a texel's step divides by the root of
+        all the information gathered, _GUARD times over for k's, so what k was sure of hardly moves
+        and the rest is free. The MLP, which every texel shares, stays as it is.
+        """
+        fresh = [f for f in frames if module.cell in f.tiles and f.id not in module.frames]
+        tiles = sum(len(f.tiles[module.cell]) for f in fresh)
+        enough = len(fresh) >= _REVISIT_VIEWS and tiles >= _REVISIT_SHARE * max(module.tiles, 1)
+        if self.recall is None or self.pool is None or module.state != "closed" or not enough:
+            return
+        parent = self._recalled(module, module.version)
+        module.version, module.state = module.version + 1, "open"
+        module.steps, module.rays, module.seconds, module.asked = 0, 0, 0.0, False
+        module.tasks.clear()
+        self.pool.thaw(module)
+        information = unpack_information(parent.arrays["information"])
+        structure.extend(self.pool, module, fresh, information)
+        self.pool.fisher[module.row] = _GUARD * information
+        self.pool.guarded[module.row] = True
+        log.info("task %s version %d opened: seen again", module.id, module.version)
+
+    def _anchor(self, frames: list[HeldFrame], closed: set[Cell]) -> None:
+        """Set the exposure of frames that were never trained by what closed modules show.
+
+        The map cannot drift: what is closed says how bright the world is. Median log ratio over
+        random rays into closed cells; frames that see too little of them are left alone.
+        """
+        for frame in frames:
+            parts = [tiles for cell, tiles in frame.tiles.items() if cell in closed]
+            if frame.rays or frame.anchored or sum(map(len, parts)) < _ANCHOR_TILES:
+                continue
+            tiles = np.concatenate(parts)
+            random = np.random.default_rng((self.adapt.seed, frame.id))
+            tile = tiles[random.integers(0, len(tiles), _ANCHOR_RAYS)]
+            ro, rd, truth, use = self._rays([frame], np.zeros_like(tile), tile, random)
+            shown = self._show(frame.site, ro, rd)
+            good = (use > 0) & (truth.min(1) > 0.04) & (truth.max(1) < 0.98) & (shown.min(1) > 0.04)
+            if good.sum() >= _ANCHOR_RAYS // 8:
+                ratio = np.median(np.log(truth[good] / shown[good]), axis=0)
+                frame.gain, frame.anchored = ratio.clip(-1.5, 1.5).astype(np.float32), True
+
+    def _recalled(self, module: Module, version: int) -> ModuleSnapshot:
+        assert self.recall is not None
+        return self.recall(module.id, version)
+
+    def _probe_rays(self, module: Module) -> F32:
+        """(n, 9) origin, direction and true colour at exposure 0 of random rays of a module."""
+        frames = list(self.frames.values())
+        parts = [
+            np.stack([np.full_like(tiles, i), tiles])
+            for i, f in enumerate(frames)
+            if (tiles := f.tiles.get(module.cell)) is not None
+        ]
+        if not parts:
+            return np.zeros((0, 9), np.float32)
+        which, tile = np.concatenate(parts, axis=1)
+        random = np.random.default_rng((self.adapt.seed, module.version, *np.abs(module.cell)))
+        pick = random.integers(0, len(tile), _PROBES)
+        ro, rd, truth, use = self._rays(frames, which[pick], tile[pick], random)
+        level = truth / np.exp(np.stack([f.gain for f in frames]))[which[pick]]
+        out: F32 = np.concatenate([ro, rd, level], axis=1)[use > 0].astype(np.float32)
+        return out
+
+    def _holds(self, module: Module, parent: ModuleSnapshot) -> bool:
+        """Whether a new version shows its parent's probes as well; if not, the parent is put back.
+
+        Both are rendered now, through the same neighbours.
+        """
+        assert self.pool is not None
+        new = self._probe_psnr(module, parent.arrays["probes"])
+        kept = {name: a.copy() for name, a in self.pool.arrays(module).items()}
+        self.pool.load(module.cell, parent.arrays)
+        old = self._probe_psnr(module, parent.arrays["probes"])
+        if new >= old - _REVISIT_LOSS_DB:
+            self.pool.load(module.cell, kept)
+            log.info("task %s: probes at %.2f dB, before %.2f dB", module.id, new, old)
+            return True
+        log.warning(
+            "task %s version %d given up: probes at %.2f dB, before %.2f dB",
+            module.id, module.version, new, old,
+        )  # fmt: skip
+        module.version -= 1
+        module.steps, module.rays = int(parent.meta["steps"]), int(parent.meta["rays"])
+        module.psnr = parent.meta["psnr"]
+        return False
+
+    def _probe_psnr(self, module: Module, probes: F32) -> float:
+        """PSNR in dB of rendered probe rays, at exposure 0."""
+        assert self.pool is not None
+        if len(probes) == 0:
+            return 0.0
+        ro, rd, level = (np.ascontiguousarray(part) for part in np.split(probes, 3, axis=1))
+        shown = self._show(module.cell[0] // 2, ro, rd)
+        return -10 * float(np.log10(max(float(((shown - level) ** 2).mean()), 1e-9)))
+
+    def _show(self, site: int, ro: F32, rd: F32) -> F32:
+        """(n, 3) colours in [0, 1] of rays into a site at exposure 0, through all its modules."""
+        assert self.pool is not None
+        low, high = self.pool.height_band(c for c in self.pool.slot_of if c[0] // 2 == site)
+        reach = 60.0 * max(float(ro[:, 2].max()) - low, self.pool.cell_m)
+        bands = np.tile(np.array([[low, high]], np.float32), (self._work.rays, 1))
+        out = np.empty((len(ro), 3), np.float32)
+        for a in range(0, len(ro), self._work.rays):
+            part = slice(a, a + self._work.rays)
+            trace(
+                self.pool, self._work, ro[part], rd[part], bands, steps=_COARSE_STEPS,
+                uniform=_UNIFORM, seed=0, jitter=False, reach=reach, site=site,
+            )  # fmt: skip
+            out[part] = self._work.tape.rgb[: len(ro[part])].clip(0, 1)
+        return out
 
     def forget(self, frame_ids: dict[int, int]) -> None:
         """Let frames go after their module was committed."""
@@ -564,17 +798,19 @@ class Mapper:
 
     def describe(self, module: Module) -> dict[str, Any]:
         """A module's JSON-able description; bounds are in world metres."""
-        assert self.pool is not None and self.origin is not None
+        assert self.pool is not None
+        origin = self.origins[module.cell[0] // 2]
         x0, y0, edge = self.pool.bounds(module.cell)
         low = float(self.pool.band[module.slot, 0])
         high = low + 1 / float(self.pool.band[module.slot, 1])
-        lowest = (self.origin + (x0, y0, low)).tolist()
-        highest = (self.origin + (x0 + edge, y0 + edge, high)).tolist()
+        lowest = (origin + (x0, y0, low)).tolist()
+        highest = (origin + (x0 + edge, y0 + edge, high)).tolist()
         return {
             "kind": self.field.kind,
             "cell": list(module.cell),
             "cell_size_m": self.pool.cell_m,
-            "origin": self.origin.tolist(),
+            "site": module.cell[0] // 2,
+            "origin": origin.tolist(),
             "bounds": [lowest, highest],
             "steps": module.steps,
             "rays": module.rays,
@@ -601,39 +837,33 @@ class Mapper:
         version: int,
         digest: str,
     ) -> None:
-        """Load a committed module; the first one brings the map's origin and cell size."""
-        if self.pool is None:
-            self.origin = np.array(meta["origin"], np.float64)
-            self.structure = Structure(float(meta["cell_size_m"]))
-            self._ensure_fixed_pool()
-        assert self.pool is not None and self.structure is not None
-        level, ix, iy = (int(v) for v in meta["cell"])
-        cell = (level, ix, iy)
-        slot = self.pool.load(cell, snapshot_arrays)
+        """Load a committed module; the first one brings its site's origin and the cell size."""
+        pool = self.pool or self._make_pool(float(meta["cell_size_m"]))
+        cell = _cell(meta["cell"])
+        self.origins.setdefault(cell[0] // 2, np.array(meta["origin"], np.float64))
+        self._structure(cell[0] // 2)
+        slot = pool.load(cell, snapshot_arrays)
         self.modules[cell] = Module(
             cell, slot, version, "closed", -1, int(meta["steps"]), int(meta["rays"]),
-            psnr=meta["psnr"], digest=digest,
+            psnr=meta["psnr"], digest=digest, frames=set(meta["frame_ids"]), tiles=meta["tiles"],
         )  # fmt: skip
         for stream, known in meta.get("gains", {}).items():
             kept = self.gains.setdefault(stream, {})
             kept.update({t: np.array(g, np.float32) for t, *g in known})
 
-    def _ensure_fixed_pool(self) -> None:
-        assert self.structure is not None
-        layout = Layout.of(self.field.plane_texels, self.field.plane_vertical, self.field.voxels)
-        self.pool = ModulePool(layout, self.structure.cell_m, self.mlp, self.threads)
-
     def checkpoint(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
         """Everything the open work needs to go on: named arrays and a JSON-able description."""
         arrays: dict[str, npt.NDArray[Any]] = {}
         meta: dict[str, Any] = {"steps": self.steps, "modules": [], "frames": {}, "gains": {}}
-        if self.pool is None or self.structure is None or self.origin is None:
+        if self.pool is None:
             return arrays, meta
-        meta |= {"origin": self.origin.tolist(), "cell_size_m": self.pool.cell_m, "psnr": self.psnr}
-        meta["random"] = self._random.bit_generator.state
-        arrays["points"] = self.structure.points.copy()
-        for cell, raster in self.structure.rasters.items():
-            arrays["raster/" + "/".join(map(str, cell))] = raster
+        meta |= {"cell_size_m": self.pool.cell_m, "psnr": self.psnr, "ended": sorted(self._ended)}
+        meta |= {"task_of": self._task_of, "random": self._random.bit_generator.state}
+        meta["origins"] = {str(site): origin.tolist() for site, origin in self.origins.items()}
+        for site, structure in self.structures.items():
+            arrays[f"points/{site}"] = structure.points.copy()
+            for cell, raster in structure.rasters.items():
+                arrays["raster/" + "/".join(map(str, cell))] = raster
         if self._plane_scale is not None:
             arrays["plane_scale"] = self._plane_scale.copy()
         for m in self.modules.values():
@@ -642,7 +872,7 @@ class Mapper:
             meta["modules"].append(
                 {"cell": list(m.cell), "version": m.version, "steps": m.steps, "rays": m.rays,
                  "seeded_with": m.seeded_with, "frames": sorted(m.frames), "psnr": m.psnr,
-                 "asked": m.asked, "seconds": m.seconds}
+                 "asked": m.asked, "seconds": m.seconds, "tasks": sorted(m.tasks)}
             )  # fmt: skip
             for name in ("features", "weights", "density", "surface", "seen", "band"):
                 arrays[f"{m.id}/{name}"] = getattr(self.pool, name)[m.slot].copy()
@@ -658,43 +888,45 @@ class Mapper:
 
     def restore(self, arrays: dict[str, npt.NDArray[Any]], meta: dict[str, Any]) -> None:
         """Go on from a checkpoint; held frames are added again, from the ledger, before this."""
-        if "origin" not in meta:
+        if "origins" not in meta:
             return
-        if self.pool is None or self.structure is None:
-            self.origin = np.array(meta["origin"], np.float64)
-            self.structure = Structure(float(meta["cell_size_m"]))
-            self._ensure_fixed_pool()
-        assert self.pool is not None and self.structure is not None
-        self.structure.points = arrays["points"]
-        self.structure.rasters = {
-            _cell(name[7:].split("/")): a
-            for name, a in arrays.items()
-            if name.startswith("raster/")
-        }
+        pool = self.pool or self._make_pool(float(meta["cell_size_m"]))
+        for site, origin in meta["origins"].items():
+            self.origins[int(site)] = np.array(origin, np.float64)
+            self._structure(int(site)).points = arrays[f"points/{site}"]
+        for name, raster in arrays.items():
+            if name.startswith("raster/"):
+                cell = _cell(name[7:].split("/"))
+                self.structures[cell[0] // 2].rasters[cell] = raster
+        self._task_of, self._ended = dict(meta["task_of"]), set(meta["ended"])
         self._plane_scale = arrays.get("plane_scale")
         self.steps, self.psnr = meta["steps"], meta["psnr"]
         self._random.bit_generator.state = meta["random"]
         for item in meta["modules"]:
             cell = _cell(item["cell"])
-            if cell in self.modules:
+            closed = self.modules.get(cell)
+            if closed is not None and closed.version >= item["version"]:
                 continue  # committed after this checkpoint was written
-            low, inverse = (float(v) for v in arrays[f"{_name(cell)}/band"])
-            m = self.modules[cell] = self.pool.spawn(cell, low, low + 1 / inverse)
+            low, inverse = (float(v) for v in arrays[f"{cell_name(cell)}/band"])
+            if closed is None:
+                m = self.modules[cell] = pool.spawn(cell, low, low + 1 / inverse)
+            else:
+                m, closed.state = closed, "open"
+                pool.place(cell, m.slot, low, low + 1 / inverse)
+                pool.thaw(m)
             for name in ("features", "weights", "density", "surface", "seen"):
-                getattr(self.pool, name)[m.slot] = arrays[f"{m.id}/{name}"]
+                getattr(pool, name)[m.slot] = arrays[f"{m.id}/{name}"]
             for name in ("fisher", "moment", "square", "output_fisher", "adam_steps"):
-                getattr(self.pool, name)[m.row] = arrays[f"{m.id}/{name}"]
-            self.pool.refresh_transposed(np.array([m.row]))
+                getattr(pool, name)[m.row] = arrays[f"{m.id}/{name}"]
+            pool.guarded[m.row] = item["version"] > 1
+            pool.refresh_transposed(np.array([m.row]))
+            m.tasks = set(item["tasks"])
             m.version, m.steps, m.rays = item["version"], item["steps"], item["rays"]
             m.seeded_with, m.psnr = item["seeded_with"], item["psnr"]
             m.asked, m.seconds = bool(item["asked"]), float(item["seconds"])
             m.frames, m.last_frame_at = set(item["frames"]), time.monotonic()
         for stream, known in meta["gains"].items():
             self.gains[stream] = {t: np.array(g, np.float32) for t, *g in known}
-
-
-def _name(cell: Cell) -> str:
-    return Module(cell, 0).id
 
 
 def _cell(parts: list[Any]) -> Cell:
@@ -704,6 +936,12 @@ def _cell(parts: list[Any]) -> Cell:
 
 def _running(old: float | None, new: float) -> float:
     return float(new) if old is None else 0.95 * old + 0.05 * float(new)
+
+
+def _mixed(older: F32, newer: F32) -> F32:
+    """Half of the probes from before, half from now, so that no version forgets the first."""
+    half = _PROBES // 2
+    return np.concatenate([older[: max(half, _PROBES - len(newer))], newer[:half]])
 
 
 def _plane_means(pool: ModulePool, length: int) -> F32:

@@ -27,18 +27,28 @@ from mclnf_edge.types import ModuleSnapshot, ModuleState
 F32 = npt.NDArray[np.float32]
 _SIGHT_HEIGHTS = 20.0
 Cell = tuple[int, int, int]
-"""(level, ix, iy): level 0 is an inner cell, 1 an outer one."""
+"""(level, ix, iy): inner cells of site s are of level 2 s, its outer ones of level 2 s + 1."""
 
 
 def cell_name(cell: Cell) -> str:
     """The module id of a cell, as it stands in `status` and in file names."""
-    level, ix, iy = cell
-    return f"{'far' if level else 'cell'}_{ix}_{iy}"
+    (site, outer), ix, iy = divmod(cell[0], 2), *cell[1:]
+    name = f"{'far' if outer else 'cell'}_{ix}_{iy}"
+    return name if site == 0 else f"site{site}_{name}"
+
+
+def cell_edge(cell: Cell, cell_m: float) -> float:
+    """Edge in metres of a cell without margins; `cell_m` is the inner cells'."""
+    return cell_m * (FAR if cell[0] % 2 else 1)
 
 
 @dataclass
 class Module:
-    """What the mapper knows of one module besides its arrays."""
+    """What the mapper knows of one module besides its arrays.
+
+    `frames` are the ids it learned from, `tiles` how many of their tiles it was closed with,
+    `tasks` what those frames' tasks are called.
+    """
 
     cell: Cell
     slot: int
@@ -54,6 +64,8 @@ class Module:
     psnr: float | None = None
     asked: bool = False
     digest: str = ""
+    tasks: set[str] = field(default_factory=set)
+    tiles: int = 0
 
     @property
     def id(self) -> str:
@@ -107,6 +119,7 @@ class ModulePool:
         self.output_fisher = _grown(self, "output_fisher", (n, learn.FISHER_SIZE))
         self.adam_steps = _grown(self, "adam_steps", (n,))
         self.slot_of_row = _grown(self, "slot_of_row", (n,), np.int32)
+        self.guarded = _grown(self, "guarded", (n,), np.bool_)
         self.transposed = np.zeros((n, TRANSPOSED_SIZE), np.float32)
         self.gradient = [
             np.zeros((n, self.layout.features), np.float32) for _ in range(self.threads)
@@ -131,7 +144,7 @@ class ModulePool:
 
     def bounds(self, cell: Cell) -> tuple[float, float, float]:
         """(x0, y0, edge) of a cell without margins, local metres."""
-        edge = self.cell_m * (FAR if cell[0] else 1)
+        edge = cell_edge(cell, self.cell_m)
         return cell[1] * edge, cell[2] * edge, edge
 
     def spawn(self, cell: Cell, low: float, high: float) -> Module:
@@ -185,6 +198,7 @@ class ModulePool:
         """Forget what a row has gathered: Fisher information and moments."""
         for array in (self.fisher, self.moment, self.square, self.output_fisher, self.adam_steps):
             array[row] = 0
+        self.guarded[row] = False
         self.refresh_transposed(np.array([row]))
 
     def freeze(self, module: Module) -> None:
@@ -205,8 +219,8 @@ class ModulePool:
             table[at] = (level + 1, ix, iy, slot)
         self.cells = table
 
-    def scene(self) -> Scene:
-        """What kernels read; the arrays are the pool's own, not copies."""
+    def scene(self, site: int = 0) -> Scene:
+        """What kernels read of a site; the arrays are the pool's own, not copies."""
         return Scene(
             cell=self.cell_m,
             cells=self.cells,
@@ -221,6 +235,7 @@ class ModulePool:
             surface=self.surface,
             seen=self.seen,
             owner=self.owner,
+            site=site,
         )
 
     def height_band(self, cells: Iterable[Cell]) -> tuple[float, float]:
@@ -231,9 +246,9 @@ class ModulePool:
         low = self.band[slots, 0]
         return float(low.min()), float((low + 1 / self.band[slots, 1]).max())
 
-    def in_sight(self, eye: F32) -> list[Cell]:
+    def in_sight(self, eye: F32, site: int = 0) -> list[Cell]:
         """Cells a camera at local `eye` (3,) may look at: within 20 times its height."""
-        cells = list(self.slot_of)
+        cells = [c for c in self.slot_of if c[0] // 2 == site]
         slots = [self.slot_of[c] for c in cells]
         box, low = self.box[slots], self.band[slots, 0]
         centre = box[:, :2] + 0.5 * box[:, 2:]
@@ -248,17 +263,17 @@ class ModulePool:
 
         The slot takes the rounded values too, so that what is served is what was committed.
         """
-        s = module.slot
-        arrays = {
-            "features": self.features[s].astype(np.float16),
-            "weights": self.weights[s].copy(),
-            "density": self.density[s].astype(np.float16),
-            "surface": self.surface[s].astype(np.float16),
-            "seen": self.seen[s].copy(),
-            "band": self.band[s].copy(),
-        }
-        self._write(s, arrays)
+        arrays = self.arrays(module)
+        for name, a in arrays.items():
+            halved = name in ("features", "density", "surface")
+            arrays[name] = a.astype(np.float16) if halved else a.copy()
+        self._write(module.slot, arrays)
         return ModuleSnapshot(module.id, module.version, arrays, meta)
+
+    def arrays(self, module: Module) -> dict[str, npt.NDArray[Any]]:
+        """What makes a module, by name; the pool's own arrays, not copies."""
+        names = ("features", "weights", "density", "surface", "seen", "band")
+        return {name: getattr(self, name)[module.slot] for name in names}
 
     def load(self, cell: Cell, arrays: dict[str, npt.NDArray[Any]]) -> int:
         """Put committed arrays into a frozen slot; raises Corrupt when their shapes are wrong."""
@@ -307,12 +322,13 @@ def trace(
     seed: int,
     jitter: bool,
     reach: float,
+    site: int = 0,
 ) -> Scene:
     """Run the forward pass of up to `work.rays` rays on every engine thread; returns the scene.
 
     See `volume.forward` for the arguments.
     """
-    scene, n = pool.scene(), len(ro)
+    scene, n = pool.scene(site), len(ro)
 
     def part(i: int) -> None:
         a, b = n * i // pool.threads, n * (i + 1) // pool.threads
@@ -324,6 +340,20 @@ def trace(
 
     list(pool.executor.map(part, range(pool.threads)))
     return scene
+
+
+def pack_information(fisher: F32) -> npt.NDArray[np.uint8]:
+    """One byte a texel of a Fisher diagonal (texels * CHANNELS,): half steps of its log2."""
+    mean = fisher.reshape(-1, CHANNELS).mean(1)
+    steps = 2 * (np.log2(np.maximum(mean, 2.0**-100)) + 100)
+    packed: npt.NDArray[np.uint8] = np.round(steps).clip(0, 255).astype(np.uint8)
+    return packed
+
+
+def unpack_information(packed: npt.NDArray[np.uint8]) -> F32:
+    """The diagonal that `pack_information` wrote, equal over a texel's channels."""
+    mean = np.where(packed > 0, 2.0 ** (packed / 2 - 100.0), 0)
+    return np.repeat(mean, CHANNELS).astype(np.float32)
 
 
 def _grown(pool: ModulePool, name: str, shape: tuple[int, ...], dtype: Any = np.float32) -> Any:

@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 
 from mclnf_edge.engine import surface
 from mclnf_edge.engine.field import CHANNELS, SURFACE
-from mclnf_edge.engine.volume import FAR
+from mclnf_edge.engine.volume import FAR, MARGIN
 from mclnf_edge.mapping.frames import HeldFrame, triangulate
-from mclnf_edge.mapping.modules import Cell, Module, ModulePool
+from mclnf_edge.mapping.modules import Cell, Module, ModulePool, cell_edge
 
 F32 = npt.NDArray[np.float32]
 RASTER = 64
@@ -35,9 +36,13 @@ _SOLID, _EMPTY = 1.0, 0.015  # starting densities per unit in and above the grou
 
 @dataclass
 class Structure:
-    """Points and rasters in local metres; `rasters[cell]` is (RASTER, RASTER) surface height."""
+    """One site's points and rasters in local metres.
+
+    `rasters[cell]` is (RASTER, RASTER) surface height; inner cells are of level 2 * `site`.
+    """
 
     cell_m: float
+    site: int = 0
     points: F32 = field(default_factory=lambda: np.zeros((0, 3), np.float32))
     rasters: dict[Cell, F32] = field(default_factory=dict)
 
@@ -63,7 +68,7 @@ class Structure:
 
     def band(self, cell: Cell, flying_m: float) -> tuple[float, float]:
         """(lowest, highest) z a cell's module covers: the points around it and some room."""
-        edge = self.cell_m * (FAR if cell[0] else 1)
+        edge = cell_edge(cell, self.cell_m)
         centre = (np.array(cell[1:]) + 0.5) * edge
         around = self.points[np.abs(self.points[:, :2] - centre).max(1) < edge]
         z = (around if len(around) >= 30 else self.points)[:, 2]
@@ -76,9 +81,9 @@ class Structure:
             float(high + 0.5 * spread + 0.06 * flying_m),
         )
 
-    def height_at(self, level: int, xy: F32, default: F32) -> F32:
-        """(n,) raster heights at local points (n, 2), `default` where there is no raster."""
-        edge = self.cell_m * (FAR if level else 1)
+    def height_at(self, xy: F32, default: F32) -> F32:
+        """(n,) inner raster heights at local points (n, 2), `default` where there is no raster."""
+        edge, level = self.cell_m, 2 * self.site
         out: F32 = default.copy()
         index = np.floor(xy / edge).astype(np.int64)
         for ix, iy in np.unique(index, axis=0):
@@ -99,7 +104,7 @@ class Structure:
         for _ in range(4):
             t = np.where(down, (z - frame.eye[2]) / np.minimum(d[:, 2], -0.02), 0)
             xy = frame.eye[:2] + d[:, :2] * t[:, None]
-            z = 0.5 * (z + self.height_at(0, xy.astype(np.float32), z))
+            z = 0.5 * (z + self.height_at(xy.astype(np.float32), z))
         ok = down & (np.linalg.norm(xy - frame.eye[:2], axis=1) < _FAR_HEIGHTS * flying)
         return xy.astype(np.float32), ok, flying
 
@@ -115,12 +120,12 @@ class Structure:
         for frame in frames:
             xy, ok, flying = self.hits(frame)
             close = ok & (np.linalg.norm(xy - frame.eye[:2], axis=1) < _NEAR_HEIGHTS * flying)
-            near_of[frame.id] = _cells(0, xy, close, self.cell_m)
-            far_of[frame.id] = _cells(1, xy, ok, self.cell_m * FAR)
+            near_of[frame.id] = _cells(2 * self.site, xy, close, self.cell_m)
+            far_of[frame.id] = _cells(2 * self.site + 1, xy, ok, self.cell_m * FAR)
             for cell, tiles in near_of[frame.id].items():
                 near_count[cell] += len(tiles)
         worth = {c for c, n in near_count.items() if n >= _MIN_TILES} | {
-            c for c in frozen if c[0] == 0
+            c for c in frozen if c[0] == 2 * self.site
         }
         for frame in frames:
             frame.tiles = {c: t for c, t in near_of[frame.id].items() if c in worth}
@@ -142,7 +147,7 @@ class Structure:
 
         Two passes: `low` to `high`, then finer within what the first one found.
         """
-        edge = self.cell_m * (FAR if cell[0] else 1)
+        edge = cell_edge(cell, self.cell_m)
         step = edge / RASTER
         views = _best(frames, cell, _SWEEP_VIEWS)
         corner = (cell[1] * edge - _PAD * step, cell[2] * edge - _PAD * step)
@@ -161,7 +166,7 @@ class Structure:
 
     def around(self, cell: Cell) -> tuple[F32, float, float, float]:
         """(raster, x0, y0, 1 / step) of a cell and its eight neighbours of the same level."""
-        edge = self.cell_m * (FAR if cell[0] else 1)
+        edge = cell_edge(cell, self.cell_m)
         level, ix, iy = cell
         out = np.full((3 * RASTER, 3 * RASTER), np.nan, np.float32)
         for dy in range(3):
@@ -176,9 +181,9 @@ class Structure:
     def fit_exposures(self, cells: list[Cell], frames: list[HeldFrame]) -> None:
         """Set the gains of frames from surface points that several of them see.
 
-        Frames that were trained keep theirs: the modules already hold what they looked like.
+        Frames that were trained or anchored keep theirs: modules hold what they looked like.
         """
-        trained = np.array([f.rays >= _TRAINED_RAYS for f in frames])
+        trained = np.array([f.anchored or f.rays >= _TRAINED_RAYS for f in frames])
         if trained.all() or len(frames) < 2:
             return
         random = np.random.default_rng(0)
@@ -234,6 +239,45 @@ class Structure:
             float(1 / pool.band[s, 1]), raster, *grid, unit, _SOLID / unit, _EMPTY / unit,
         )  # fmt: skip
 
+    def extend(
+        self, pool: ModulePool, module: Module, frames: list[HeldFrame], information: F32
+    ) -> None:
+        """Add to a module that learns again what new frames see of it for the first time.
+
+        Where it was seen or has Fisher `information` (features,), surface, density and colours
+        stay; elsewhere they are swept and painted as for a new module, in its own height band.
+        """
+        s, layout = module.slot, pool.layout
+        before = {name: a.copy() for name, a in pool.arrays(module).items()}
+        low, inverse = (float(v) for v in pool.band[s])
+        self.sweep(module.cell, frames, low, low + 1 / inverse)
+        self.seed(pool, module, frames)
+        fine = int(layout.planes[0, 2])
+        learned = information[: fine * fine * CHANNELS].reshape(fine, fine, CHANNELS).max(-1) > 0
+        known = (before["seen"] > 0) | _nearest(
+            _grown(learned, fine // SURFACE + 1),
+            *2 * (np.linspace(0, 1, SURFACE, dtype=np.float32),),
+        )
+        pool.surface[s][known] = before["surface"][known]
+        pool.seen[s] = np.minimum(before["seen"].astype(np.int64) + pool.seen[s], 255)
+        old = _nearest(known, *2 * (np.linspace(0, 1, fine, dtype=np.float32),))
+        plane = pool.features[s, : fine * fine * CHANNELS].reshape(fine, fine, CHANNELS)
+        kept = before["features"][: fine * fine * CHANNELS].reshape(fine, fine, CHANNELS)
+        plane[old] = kept[old]
+        nx, ny, nz = layout.voxels
+        columns = _nearest(known, _within(ny), _within(nx)).ravel()
+        pool.density[s].reshape(-1, nz)[columns] = before["density"].reshape(-1, nz)[columns]
+
+
+def auto_cell(structure: Structure, frames: list[HeldFrame]) -> float:
+    """0.75 of a footprint's mean edge in metres: flying height times image size over focal."""
+    edges = []
+    for f in frames[:8]:
+        w, h = f.size
+        flying = max(float(f.eye[2]) - structure.ground(f), 1.0)
+        edges.append(flying * np.sqrt(w * h / (f.K[0] * f.K[1])))
+    return float(np.clip(0.75 * np.median(edges), 1.0, 2000.0))
+
 
 def _plausible(points: F32, frame: HeldFrame) -> F32:
     """Points not far outside the spread of their frame's heights (four interquartile ranges)."""
@@ -280,6 +324,26 @@ def _pictures(
         np.stack([f.projection() for f in frames]),
         np.stack([f.eye for f in frames]),
     )
+
+
+def _grown(mask: npt.NDArray[np.bool_], texels: int) -> npt.NDArray[np.bool_]:
+    """A mask with everything within some texels of it."""
+    kernel = np.ones((2 * texels + 1, 2 * texels + 1), np.uint8)
+    return cv2.dilate(mask.astype(np.uint8), kernel) > 0
+
+
+def _nearest(mask: npt.NDArray[np.bool_], rows: F32, columns: F32) -> npt.NDArray[np.bool_]:
+    """The entries of a mask nearest to fractions (0 to 1) of its height and width."""
+    j, i = (
+        np.round(f * (n - 1)).astype(int) for f, n in zip((rows, columns), mask.shape, strict=True)
+    )
+    return np.asarray(mask[j][:, i])
+
+
+def _within(n: int) -> F32:
+    """Where n voxels across a cell lie in its module's box, as fractions."""
+    out: F32 = ((MARGIN + (np.arange(n) + 0.5) / n) / (1 + 2 * MARGIN)).astype(np.float32)
+    return out
 
 
 def _sample(raster: F32, xs: F32, ys: F32, inverse: float) -> F32:

@@ -102,7 +102,7 @@ EXAMPLES: dict[str, Message] = {
     ),
     "render": RenderRequest(
         id=5,
-        view=View(CAMERA, POSE, 1700000003.5, "front", 0.0025),
+        view=View(CAMERA, POSE, 1700000003.5, "front", 0.0025, WorldFrame("EPSG:2180")),
         width=240,
         height=135,
         quality="progressive",
