@@ -53,7 +53,7 @@ class Held:
     """The held-out frames of a fold in the shape `evaluate` reads."""
 
     def __init__(self, capture: Capture, frames: list[Any]) -> None:
-        self.name, self.frames = capture.name, frames
+        self.name, self.world, self.frames = capture.name, capture.world, frames
 
     def split(self, split: str) -> Held:
         """Itself: only held-out frames are here."""
