@@ -40,10 +40,10 @@ def make_pool(threads: int = 1, cells: tuple[Cell, ...] = (*INNER, OUTER)) -> Mo
 
 
 def rays(n: int, seed: int = 0) -> tuple[Any, Any, Any]:
-    """Origins above the inner cells, directions downwards, height bands: float32 arrays."""
+    """Origins above the inner cells, directions down to them and past them, height bands."""
     random = np.random.default_rng(seed)
     ro = random.uniform((3, 3, 12), (17, 17, 15), (n, 3)).astype(np.float32)
-    aim = random.uniform((1, 1, -2), (19, 19, -1), (n, 3))
+    aim = random.uniform((1, 1, -2), (26, 26, -1), (n, 3))
     rd = aim - ro
     rd = (rd / np.linalg.norm(rd, axis=1, keepdims=True)).astype(np.float32)
     return ro, rd, np.tile(np.array([[-3, 4]], np.float32), (n, 1))
