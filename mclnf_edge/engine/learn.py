@@ -90,11 +90,13 @@ def adam(
 def ray_weights(q: F32, strength: float, clamp: float) -> F32:
     """w = 1 + strength * min(q / mean(q), clamp), divided by its mean (Eq. 3, Algorithm 1 line 13).
 
-    The division keeps the learning rate where it was, whatever `strength` is.
+    The division keeps the learning rate where it was, whatever `strength` is. Both means are over
+    rays with a positive score; a ray whose score is not finite has weight 1.
     """
-    live = q > 0
+    finite = np.isfinite(q)
+    live = finite & (q > 0)
     if strength <= 0 or not live.any():
         return np.ones_like(q)
-    w = 1 + strength * np.minimum(q / q[live].mean(), clamp)
-    weights: F32 = (w / w[live].mean()).astype(np.float32)
+    w = 1 + strength * np.minimum(np.where(finite, q, 0) / q[live].mean(dtype=np.float64), clamp)
+    weights: F32 = np.where(finite, w / w[live].mean(), 1).astype(np.float32)
     return weights
