@@ -1,0 +1,205 @@
+"""Height sweep, raster interpolation, visibility, paint and exposure on pictures made here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mclnf_edge.engine import surface
+from tests import blocks
+from tests.blocks import Ground
+
+STEP = 0.5
+N = 48
+CORNER = -0.5 * N * STEP
+
+
+def pictures(ground: Ground, n: int = 8) -> dict[str, Any]:
+    """Pictures of a flight over the ground with all that the kernels need of them."""
+    cam, flight = blocks.camera(192, 128), blocks.poses(n)
+    images = np.stack([blocks.picture(ground, cam, T) for T in flight])
+    half = cam.scaled(cam.width // 2, cam.height // 2)
+    return {
+        "images": images,
+        "half": np.stack([surface.normalised(i) for i in images]),
+        "P": np.stack([blocks.projection(cam, T) for T in flight]).astype(np.float32),
+        "half_P": np.stack([blocks.projection(half, T) for T in flight]).astype(np.float32),
+        "eyes": np.stack([T[:3, 3] for T in flight]).astype(np.float32),
+    }
+
+
+def swept(ground: Ground, seen: dict[str, Any]) -> tuple[Any, Any]:
+    """(heights found, true heights) of the columns around the middle."""
+    zs = np.linspace(-4, 8, 49, dtype=np.float32)
+    found, _ = surface.heights(CORNER, CORNER, STEP, N, zs, seen["half"], seen["half_P"])
+    at = CORNER + (np.arange(N) + 0.5) * STEP
+    return found, ground.height(*np.meshgrid(at, at))
+
+
+@pytest.mark.parametrize("level", [-2.0, 1.5])
+def test_sweep_finds_a_plane(level: float) -> None:
+    ground = Ground(level)
+    found, true = swept(ground, pictures(ground))
+    assert np.median(np.abs(found - true)) <= 0.25
+    assert np.mean(np.abs(found - true) < 0.75) > 0.97
+
+
+def test_sweep_finds_a_step() -> None:
+    ground = Ground(0.0, ((-6, -7, 5, 4, 4.0),))
+    found, true = swept(ground, pictures(ground))
+    away = np.ones_like(true, bool)  # within a metre of the walls either height is right
+    at = CORNER + (np.arange(N) + 0.5) * STEP
+    for edges, axis in (((-6, 5), 1), ((-7, 4), 0)):
+        for edge in edges:
+            near = np.abs(at - edge) < 1
+            away &= ~(near[None] if axis == 1 else near[:, None])
+    roof = away & (true > 2)
+    assert np.mean(np.abs(found - true)[roof] < 0.6) > 0.9
+    assert np.mean(np.abs(found - true)[away & (true < 2)] < 0.6) > 0.85
+
+
+def test_points_that_fewer_than_two_pictures_see_cost_the_most() -> None:
+    seen = pictures(Ground())
+    cost = np.zeros((2, 2, 3), np.float32)
+    zs = np.array([-1, 0, 1], np.float32)
+    surface.sweep(500.0, 500.0, 1.0, zs, seen["half"], seen["half_P"], cost)
+    assert (cost == surface.NO_VIEWS).all()
+    surface.sweep(0.0, 0.0, 1.0, zs, seen["half"][:1], seen["half_P"][:1], cost)
+    assert (cost == surface.NO_VIEWS).all()
+
+
+def test_smoothing_takes_the_cheapest_path() -> None:
+    """Against the recursion of semi-global matching, written out in float64."""
+    cost = np.random.default_rng(0).uniform(0, 1, (5, 6, 4)).astype(np.float32)
+    small, large = 0.1, 0.5
+    want = np.zeros(cost.shape)
+    for axis in (0, 1):
+        for way in (1, -1):
+            c = np.moveaxis(cost.astype(np.float64), axis, 0)[::way]
+            path = [c[0]]
+            for line in c[1:]:
+                b = path[-1]
+                least = b.min(-1, keepdims=True)
+                up = np.pad(b, ((0, 0), (1, 0)), constant_values=np.inf)[:, :-1] + small
+                down = np.pad(b, ((0, 0), (0, 1)), constant_values=np.inf)[:, 1:] + small
+                path.append(line + np.minimum.reduce([b, up, down, least + large + 0 * b]) - least)
+            want += np.moveaxis(np.stack(path)[::way], 0, axis)
+    out = surface.smooth(cost, np.float32(small), np.float32(large))
+    assert np.allclose(out, want, atol=1e-5)
+
+
+def test_raster_is_bilinear() -> None:
+    random = np.random.default_rng(1)
+    raster = random.normal(0, 1, (7, 9)).astype(np.float32)
+    slope = np.fromfunction(lambda j, i: 2 * i - 3 * j + 1, (7, 9), dtype=np.float32)
+    for x, y in random.uniform((1.25, 3.25), (5.0, 6.0), (50, 2)):
+        at = surface.raster_at(slope.astype(np.float32), 1.0, 3.0, 2.0, x, y)
+        assert at == pytest.approx(2 * ((x - 1) * 2 - 0.5) - 3 * ((y - 3) * 2 - 0.5) + 1, abs=1e-4)
+    nodes = [
+        surface.raster_at(raster, 1.0, 3.0, 2.0, 1 + (i + 0.5) / 2, 3 + (j + 0.5) / 2)
+        for j in range(6)
+        for i in range(8)
+    ]
+    assert np.allclose(nodes, raster[:6, :8].ravel(), atol=1e-4)
+    assert surface.raster_at(raster, 1.0, 3.0, 2.0, -99.0, -99.0) == pytest.approx(raster[0, 0])
+
+
+def true_raster(ground: Ground) -> tuple[Any, tuple[float, float, float]]:
+    """A raster of the ground's own heights and (x0, y0, 1 / step)."""
+    at = CORNER + (np.arange(N) + 0.5) * STEP
+    raster = ground.height(*np.meshgrid(at, at)).astype(np.float32)
+    return raster, (np.float32(CORNER), np.float32(CORNER), np.float32(1 / STEP))
+
+
+def test_visibility_is_what_rays_meet() -> None:
+    ground = Ground(0.0, ((-3, -8, 3, 8, 15.0),))
+    seen = pictures(ground, 4)
+    slimmer = Ground(0.0, ((-2.3, -7.3, 2.3, 7.3, 14.0),))  # what it hides is hidden for sure
+    raster, grid = true_raster(ground)
+    xs = ys = np.linspace(-10.1, 9.9, 20).astype(np.float32)
+    n = len(seen["images"])
+    found = np.zeros((n, 20, 20), np.uint8)
+    masks = np.full(seen["images"].shape[:3], 255, np.uint8)
+    masks[:, :10] = 0
+    surface.visibility(xs, ys, raster, *grid, np.float32(STEP), masks, seen["P"], seen["eyes"],
+                       found)  # fmt: skip
+    x, y = (v.ravel().astype(np.float64) for v in np.meshgrid(xs, ys))
+    wall = (np.abs(np.abs(x) - 3) < 1.7) | (np.abs(np.abs(y) - 8) < 1.7)
+    points = np.column_stack([x, y, ground.height(x, y)])
+    hidden: list[bool] = []
+    for i in range(n):
+        eye = seen["eyes"][i].astype(np.float64)
+        away = points - eye
+        distance = np.linalg.norm(away, axis=1)
+        free = ground.cast(eye, away / distance[:, None])[1] > distance - 0.05
+        q = np.column_stack([points, np.ones(len(x))]) @ seen["P"][i].astype(np.float64).T
+        u, v = q[:, 0] / q[:, 2], q[:, 1] / q[:, 2]
+        inside = (u > 1) & (v > 11) & (u < 190) & (v < 126)
+        outside = (u < 0) | (v < 9) | (u > 192) | (v > 128)
+        hit = found[i].ravel() > 0
+        assert not hit[outside].any(), "seen through the mask or beside the picture"
+        assert np.mean(hit[inside & ~wall & free]) > 0.95
+        behind = slimmer.cast(eye, away / distance[:, None])[1] < distance - 0.05
+        hidden += hit[inside & ~wall & behind].tolist()
+    assert len(hidden) > 50 and np.mean(hidden) < 0.05
+
+
+def test_paint_is_the_exposure_corrected_texture() -> None:
+    ground = Ground(0.0)
+    seen = pictures(ground)
+    gains = np.random.default_rng(2).uniform(0.7, 1.05, (8, 3)).astype(np.float32)
+    images = (seen["images"] * gains[:, None, None]).round().clip(0, 255).astype(np.uint8)
+    raster, grid = true_raster(ground)
+    xs = ys = np.linspace(-8, 8, 33).astype(np.float32)
+    color = np.zeros((33, 33, 3), np.float32)
+    all_seen = np.ones((8, 5, 5), np.uint8)
+    surface.paint(xs, ys, raster, *grid, all_seen, images, seen["P"], gains, color)
+    x, y = (v.ravel().astype(np.float64) for v in np.meshgrid(xs, ys))
+    down = np.tile([0.0, 0.0, -1.0], (len(x), 1))
+    true = np.stack([ground.cast(np.array([a, b, 5.0]), d[None])[0][0]
+                     for a, b, d in zip(x, y, down, strict=True)]).reshape(33, 33, 3)  # fmt: skip
+    assert np.sqrt(np.mean((color - true) ** 2)) < 0.04
+    assert true.std() > 0.1
+    surface.paint(xs, ys, raster, *grid, 0 * all_seen, images, seen["P"], gains, color)
+    assert np.allclose(color, 0.45), "where nobody looked the colour is neutral"
+
+
+def test_gains_are_recovered() -> None:
+    ground = Ground(0.0)
+    seen = pictures(ground)
+    truth = np.random.default_rng(3).uniform(-0.3, 0.05, (8, 3))
+    truth -= truth.mean(0)
+    images = (seen["images"] * 0.8 * np.exp(truth)[:, None, None]).round().clip(0, 255)
+    raster, grid = true_raster(ground)
+    xy = np.random.default_rng(4).uniform(-10, 10, (2000, 2)).astype(np.float32)
+    values = np.full((2000, 8, 3), -1, np.float32)
+    surface.observe(xy[:, 0], xy[:, 1], raster, *grid, np.float32(STEP), images.astype(np.uint8),
+                    seen["P"], seen["eyes"], values)  # fmt: skip
+    none = np.zeros(8, bool)
+    start = np.zeros((8, 3), np.float32)
+    assert np.abs(surface.fit_gains(values, none, start) - truth).max() < 0.03
+    fixed = none.copy()
+    fixed[2] = True
+    start[2] = 0.1
+    anchored = surface.fit_gains(values, fixed, start)
+    assert np.array_equal(anchored[2], start[2]), "a fixed picture keeps its gain"
+    assert np.abs((anchored - anchored[2]) - (truth - truth[2])).max() < 0.05
+
+
+def test_density_is_solid_up_to_a_unit_above_the_surface() -> None:
+    ground = Ground(0.0, ((-4, -4, 4, 4, 3.0),))
+    raster, grid = true_raster(ground)
+    voxels, unit = (8, 10, 6), 0.75
+    density = np.zeros(8 * 10 * 6, np.float32)
+    surface.fill_density(density, voxels, -10.0, -10.0, 20.0, -1.0, 6.0, raster, *grid, unit, 2.0,
+                         0.25)  # fmt: skip
+    grid3 = density.reshape(10, 8, 6)
+    x = -10 + (np.arange(8) + 0.5) / 8 * 20
+    y = -10 + (np.arange(10) + 0.5) / 10 * 20
+    z = -1 + (np.arange(6) + 0.5)
+    top = ground.height(*np.meshgrid(x, y))
+    want = np.where(z - top[..., None] < unit, 2.0, 0.25)
+    assert np.mean(grid3 == want) > 0.97  # the raster is bilinear, the blocks' walls are not
+    assert set(np.unique(density)) == {np.float32(2.0), np.float32(0.25)}
