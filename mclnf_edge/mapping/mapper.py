@@ -68,9 +68,9 @@ class Closing:
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimization step: the mean loss as PSNR and the number of rays drawn."""
+    """One optimization step: running PSNR (None until a ray met no mask), number of rays drawn."""
 
-    psnr: float
+    psnr: float | None
     rays: int
 
 
@@ -117,6 +117,7 @@ class Mapper:
         self._targets: dict[int, tuple[npt.NDArray[np.int32], ...]] | None = None
         self._task_of: dict[str, str] = {}
         self._ended: set[str] = set()
+        self._returning: dict[int, dict[Cell, npt.NDArray[np.int32]]] = {}
 
     # -- frames ---------------------------------------------------------------------------------
 
@@ -132,7 +133,7 @@ class Mapper:
         """Decode and hold a frame of a site. Raises FrameRejected.
 
         `kept` is what `checkpoint` wrote of this frame: rays trained so far and its exposure; its
-        matched points are in the checkpoint already.
+        matched points and tiles are in the checkpoint already, so that nothing is settled anew.
         """
         held = self._hold(frame_id, stream, frame, site)
         structure = self._structure(site)
@@ -142,9 +143,15 @@ class Mapper:
             held.gain = self._guess_gain(held)
         else:
             held.rays, held.gain = int(kept[0]), np.array(kept[1:], np.float32)
+            held.tiles = self._returning.pop(frame_id, {})
         self.frames[frame_id] = held
         self._begin_task(stream, held.task)
-        self._dirty = True
+        if held.tiles and self.pool is not None:
+            held.band = self.pool.height_band(held.tiles)
+            self._remember_gains([held])
+            self._targets = None
+        else:
+            self._dirty = True
 
     def _structure(self, site: int) -> Structure:
         if site not in self.structures:
@@ -277,6 +284,7 @@ class Mapper:
             if here:
                 self._settle_site(structure, here, pause)
         self._count_tiles()
+        self._drop_unseen()
         self._remember_gains(frames)
         self._targets = None
         return True
@@ -310,6 +318,22 @@ class Mapper:
                 self._tiles[cell] += len(tiles)
             frame.band = self.pool.height_band(frame.tiles)
         self._tiles_per_frame = sum(self._tiles.values()) / max(len(self.frames), 1)
+
+    def _drop_unseen(self) -> None:
+        """Give up first versions that no tile reaches any more, as the ground is known better now.
+
+        One that frames taught which have been let go since is kept: it closes with what it has.
+        """
+        for cell, module in list(self.modules.items()):
+            taught = module.rays > 0 and not module.frames <= self.frames.keys()
+            if module.row < 0 or module.version > 1 or self._tiles[cell] or taught:
+                continue
+            assert self.pool is not None
+            self.pool.freeze(module)
+            self.pool.drop(cell)
+            self.structures[cell[0] // 2].rasters.pop(cell, None)
+            del self.modules[cell]
+            log.info("task %s given up: no frame reaches it any more", module.id)
 
     def _ensure_pool(self, structure: Structure, frames: list[HeldFrame]) -> ModulePool:
         if self.pool is None:
@@ -380,9 +404,16 @@ class Mapper:
 
     def _progress(self, module: Module) -> float:
         """Share of a module's budget that is spent: of its rays or its seconds, what ends first."""
+        if not self._tiles.get(module.cell):
+            return 1.0
         frames = self._tiles.get(module.cell, 0) / max(self._tiles_per_frame, 1.0)
         seconds = max(self.adapt.budget_s_per_frame * frames, 1e-3)
         return min(max(module.rays / self._budget(module), module.seconds / seconds), 1.0)
+
+    def _draws(self, module: Module, frame: HeldFrame) -> bool:
+        """Whether a module still trains on a frame: budget is left, or the frame had too little."""
+        short = frame.rays < self.adapt.min_rays_per_frame
+        return module.row >= 0 and (short or self._progress(module) < 1)
 
     def progress(self) -> float:
         """Share of all open modules' budgets that is spent, in [0, 1]."""
@@ -400,7 +431,7 @@ class Mapper:
             for i, frame in enumerate(self.frames.values()):
                 for cell, tiles in frame.tiles.items():
                     module = self.modules.get(cell)
-                    if module is not None and module.row >= 0 and self._progress(module) < 1:
+                    if module is not None and self._draws(module, frame):
                         parts.setdefault(frame.site, []).append(
                             np.stack(
                                 [np.full_like(tiles, i), tiles, np.full_like(tiles, module.row)]
@@ -445,8 +476,10 @@ class Mapper:
         d_rgb *= weights[:, None]
         self._learn(scene, d_rgb, n)
         self._update_gains(frames, frame_of[pick], capped, tape.rgb[:n] * gains)
-        self._count(frames, frame_of[pick], row[pick], residual, time.perf_counter() - began)
-        self.psnr = _running(self.psnr, -10 * np.log10(max(mse, 1e-9)))
+        seconds = time.perf_counter() - began
+        self._count(frames, frame_of[pick], row[pick], residual, use > 0, seconds)
+        if use.any():
+            self.psnr = _running(self.psnr, -10 * np.log10(max(mse, 1e-9)))
         return StepReport(self.psnr, n)
 
     def _pick_site(self, targets: dict[int, tuple[npt.NDArray[np.int32], ...]]) -> int:
@@ -588,10 +621,14 @@ class Mapper:
         which: npt.NDArray[np.int32],
         row: npt.NDArray[np.int32],
         residual: F32,
+        used: npt.NDArray[np.bool_],
         seconds: float,
     ) -> None:
         for i, n in zip(*np.unique(which, return_counts=True), strict=True):
+            before = frames[i].rays
             frames[i].rays += int(n)
+            if before < self.adapt.min_rays_per_frame <= frames[i].rays:
+                self._targets = None
         error = (residual**2).mean(1)
         for module in self.modules.values():
             if module.row < 0:
@@ -599,20 +636,23 @@ class Mapper:
             here = row == module.row
             n = int(here.sum())
             if n:
-                before = self._progress(module)
+                spent = self._progress(module)
                 module.steps += 1
                 module.rays += n
                 module.seconds += seconds * n / len(row)
-                module.psnr = _running(
-                    module.psnr, -10 * np.log10(max(float(error[here].mean()), 1e-9))
-                )
-                if before < 1 <= self._progress(module):
+                if (here & used).any():
+                    mse = max(float(error[here & used].mean()), 1e-9)
+                    module.psnr = _running(module.psnr, -10 * np.log10(mse))
+                if spent < 1 <= self._progress(module):
                     self._targets = None
 
     # -- closing --------------------------------------------------------------------------------
 
     def finished(self) -> list[Module]:
-        """Open modules that may close: budget spent, and drained or quiet for long enough."""
+        """Open modules that may close: every frame served, and drained or quiet for long enough.
+
+        A module is served when its budget is spent and every frame that sees it had its minimum.
+        """
         now, quiet = time.monotonic(), self.config.inactivity_s
         return [
             m
@@ -620,6 +660,7 @@ class Mapper:
             if m.row >= 0
             and self._progress(m) >= 1
             and (self.draining or m.asked or self._ended_all(m) or now - m.last_frame_at > quiet)
+            and not any(m.cell in f.tiles and self._draws(m, f) for f in self.frames.values())
         ]
 
     def _ended_all(self, module: Module) -> bool:
@@ -859,6 +900,7 @@ class Mapper:
             return arrays, meta
         meta |= {"cell_size_m": self.pool.cell_m, "psnr": self.psnr, "ended": sorted(self._ended)}
         meta |= {"task_of": self._task_of, "random": self._random.bit_generator.state}
+        meta |= {"dirty": self._dirty, "tiles_per_frame": self._tiles_per_frame}
         meta["origins"] = {str(site): origin.tolist() for site, origin in self.origins.items()}
         for site, structure in self.structures.items():
             arrays[f"points/{site}"] = structure.points.copy()
@@ -872,7 +914,8 @@ class Mapper:
             meta["modules"].append(
                 {"cell": list(m.cell), "version": m.version, "steps": m.steps, "rays": m.rays,
                  "seeded_with": m.seeded_with, "frames": sorted(m.frames), "psnr": m.psnr,
-                 "asked": m.asked, "seconds": m.seconds, "tasks": sorted(m.tasks)}
+                 "asked": m.asked, "seconds": m.seconds, "tasks": sorted(m.tasks),
+                 "tiles": self._tiles[m.cell]}
             )  # fmt: skip
             for name in ("features", "weights", "density", "surface", "seen", "band"):
                 arrays[f"{m.id}/{name}"] = getattr(self.pool, name)[m.slot].copy()
@@ -880,6 +923,8 @@ class Mapper:
                 arrays[f"{m.id}/{name}"] = np.asarray(getattr(self.pool, name)[m.row]).copy()
         for f in self.frames.values():
             meta["frames"][str(f.id)] = [f.rays, *(float(v) for v in f.gain)]
+            if f.tiles:
+                arrays[f"tiles/{f.id}"] = _rows_of(f.tiles)
         meta["gains"] = {
             s: [[t, *(float(v) for v in g)] for t, g in known.items()]
             for s, known in self.gains.items()
@@ -887,19 +932,25 @@ class Mapper:
         return arrays, meta
 
     def restore(self, arrays: dict[str, npt.NDArray[Any]], meta: dict[str, Any]) -> None:
-        """Go on from a checkpoint; held frames are added again, from the ledger, before this."""
+        """Go on from a checkpoint; then held frames are added again, from the ledger.
+
+        Once they are, every step is the one that would have come without the interruption.
+        """
         if "origins" not in meta:
             return
         pool = self.pool or self._make_pool(float(meta["cell_size_m"]))
         for site, origin in meta["origins"].items():
             self.origins[int(site)] = np.array(origin, np.float64)
             self._structure(int(site)).points = arrays[f"points/{site}"]
-        for name, raster in arrays.items():
+        for name, array in arrays.items():
             if name.startswith("raster/"):
                 cell = _cell(name[7:].split("/"))
-                self.structures[cell[0] // 2].rasters[cell] = raster
+                self.structures[cell[0] // 2].rasters[cell] = array
+            elif name.startswith("tiles/"):
+                self._returning[int(name[6:])] = _by_cell(array)
         self._task_of, self._ended = dict(meta["task_of"]), set(meta["ended"])
         self._plane_scale = arrays.get("plane_scale")
+        self._dirty, self._tiles_per_frame = meta["dirty"], meta["tiles_per_frame"]
         self.steps, self.psnr = meta["steps"], meta["psnr"]
         self._random.bit_generator.state = meta["random"]
         for item in meta["modules"]:
@@ -920,7 +971,7 @@ class Mapper:
                 getattr(pool, name)[m.row] = arrays[f"{m.id}/{name}"]
             pool.guarded[m.row] = item["version"] > 1
             pool.refresh_transposed(np.array([m.row]))
-            m.tasks = set(item["tasks"])
+            self._tiles[cell], m.tasks = item["tiles"], set(item["tasks"])
             m.version, m.steps, m.rays = item["version"], item["steps"], item["rays"]
             m.seeded_with, m.psnr = item["seeded_with"], item["psnr"]
             m.asked, m.seconds = bool(item["asked"]), float(item["seconds"])
@@ -932,6 +983,18 @@ class Mapper:
 def _cell(parts: list[Any]) -> Cell:
     level, ix, iy = (int(v) for v in parts)
     return level, ix, iy
+
+
+def _rows_of(tiles: dict[Cell, npt.NDArray[np.int32]]) -> npt.NDArray[np.int32]:
+    """(n, 4) rows (level, ix, iy, tile) of a frame's tiles by cell."""
+    parts = [np.column_stack([np.tile(cell, (len(t), 1)), t]) for cell, t in tiles.items()]
+    return np.concatenate(parts).astype(np.int32)
+
+
+def _by_cell(rows: npt.NDArray[np.int32]) -> dict[Cell, npt.NDArray[np.int32]]:
+    """The inverse of `_rows_of`, in the same order."""
+    cells = dict.fromkeys(_cell(row) for row in rows[:, :3].tolist())
+    return {c: np.ascontiguousarray(rows[(rows[:, :3] == c).all(1), 3]) for c in cells}
 
 
 def _running(old: float | None, new: float) -> float:

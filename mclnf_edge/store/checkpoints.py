@@ -44,7 +44,7 @@ class Checkpoints:
         oldest = min(generations, key=lambda path: generations[path])
         number = max(generations.values()) + 1
         body = save(
-            {key: np.ascontiguousarray(array) for key, array in arrays.items()},
+            {key: np.asarray(array, order="C") for key, array in arrays.items()},
             metadata={"name": name, "meta": json.dumps(meta)},
         )
         checked = number.to_bytes(8, "big") + body

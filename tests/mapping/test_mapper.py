@@ -1,0 +1,253 @@
+"""The mapper on a small generated flight: learning, closing, restarts, offsets, outliers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from mclnf_edge.config import MapConfig
+from mclnf_edge.engine import volume
+from mclnf_edge.images import encode_image
+from mclnf_edge.mapping.mapper import Closing, Mapper
+from mclnf_edge.store.checkpoints import Checkpoints
+from tests.mapping import flights
+from tests.mapping.flights import ADAPT, CELL_M, FIELD, Flight, learn, mapper, render, score
+
+ARRAYS = ("features", "weights", "density", "surface", "seen", "box", "band")
+
+
+@pytest.fixture(scope="module")
+def flight() -> Flight:
+    return flights.flight()
+
+
+@pytest.fixture(scope="module")
+def learned(flight: Flight) -> tuple[Mapper, float]:
+    """A mapper that spent its whole budget, and its score as it was seeded."""
+    m = mapper(flight.frames)
+    seeded = score(m, flight)
+    assert learn(m) > 50
+    return m, seeded
+
+
+def slot_bytes(m: Mapper, slot: int) -> bytes:
+    """Everything that is rendered of one module."""
+    assert m.pool is not None
+    return b"".join(np.ascontiguousarray(getattr(m.pool, name)[slot]).tobytes() for name in ARRAYS)
+
+
+# -- learning ---------------------------------------------------------------------------------
+
+
+def test_steps_raise_the_held_out_psnr(flight: Flight, learned: tuple[Mapper, float]) -> None:
+    m, seeded = learned
+    done = score(m, flight)
+    assert done > flight.mean_psnr() + 4
+    assert done > seeded + 0.7
+    assert m.progress() == 1 and len(m.modules) >= 4
+    assert all(render(m, view).known.mean() > 0.9 for view in flight.views)
+
+
+def test_depth_is_right(flight: Flight, learned: tuple[Mapper, float]) -> None:
+    depth = render(learned[0], flight.views[0]).depth
+    assert np.nanmin(depth) > 20 and np.nanmax(depth) < 36
+    corner = depth[:10, :10]
+    assert abs(np.nanmedian(corner) - 30) < 1.5  # ground; 4 m above it the middle of a block
+    assert abs(np.nanmedian(depth[40:60, 45:60]) - 26) < 1.5
+
+
+def test_weights_keep_the_mean_and_do_something(flight: Flight) -> None:
+    m = mapper(flight.frames[:4])
+    seen: list[Any] = []
+    weigh = m._weigh
+
+    def watched(scene: volume.Scene, d_rgb: Any) -> Any:
+        w = weigh(scene, d_rgb)
+        seen.append((w, np.abs(d_rgb).sum(1) > 0))
+        return w
+
+    m._weigh = watched  # type: ignore[method-assign]
+    learn(m, 8)
+    assert len(seen) == 8
+    for w, live in seen:
+        assert w[live].mean() == pytest.approx(1, abs=0.01)
+        assert w[live].max() > 1.1 > w[live].min() and w.min() > 0
+
+
+def test_two_threads_learn_as_well_as_one(flight: Flight) -> None:
+    one, two = mapper(flight.frames[:4], threads=1), mapper(flight.frames[:4], threads=2)
+    learn(one, 10)
+    learn(two, 10)
+    assert one.pool is not None and two.pool is not None
+    assert score(one, flight) == pytest.approx(score(two, flight), abs=0.02)
+    assert np.allclose(one.pool.weights, two.pool.weights, atol=2e-3)
+
+
+# -- outliers ---------------------------------------------------------------------------------
+
+
+def corrupted(flight: Flight, share: float) -> Flight:
+    """The flight with that share of pixels in random colours."""
+    random = np.random.default_rng(0)
+    frames = []
+    for f in flight.frames:
+        rgb = cv2.cvtColor(cv2.imdecode(np.frombuffer(f.image, np.uint8), 1), cv2.COLOR_BGR2RGB)
+        bad = random.random(rgb.shape[:2]) < share
+        rgb[bad] = random.integers(0, 2, (int(bad.sum()), 3)) * 255
+        frames.append(replace(f, image=encode_image(rgb, "png")))
+    return replace(flight, frames=frames)
+
+
+# -- minimum of rays --------------------------------------------------------------------------
+
+
+def test_every_frame_has_its_minimum_before_its_module_closes(flight: Flight) -> None:
+    least = 1500
+    m = mapper(flight.frames, passes=0.02, budget_s_per_frame=0.001, min_rays_per_frame=least)
+    early = {f.id: f.rays for f in m.frames.values()}
+    assert max(early.values()) < least
+    let_go: dict[int, int] = {}
+    for _ in range(300):
+        report = m.step()
+        for module in m.finished():
+            short = [f.id for f in m.frames.values() if module.cell in f.tiles and f.rays < least]
+            assert not short
+            closing = m.close(module)
+            let_go |= closing.let_go
+            m.forget(closing.let_go)
+        if report is None:
+            break
+    assert not m.frames and sorted(let_go) == list(range(len(flight.frames)))
+    assert min(let_go.values()) >= least
+    assert max(let_go.values()) < 3 * least, "the budget itself was long spent"
+
+
+# -- closing ----------------------------------------------------------------------------------
+
+
+def test_what_is_closed_stays_as_it_is(flight: Flight) -> None:
+    m = mapper(flight.frames)
+    assert m.pool is not None
+    learn(m, 10)
+    first, second = sorted(m.modules.values(), key=lambda x: -x.rays)[:2]
+    closing = m.close(first)
+    assert closing.snapshot is not None and first.state == "closed"
+    frozen, open_before = slot_bytes(m, first.slot), slot_bytes(m, second.slot)
+    row_before = second.rays
+    assert learn(m, 15) == 15
+    assert second.rays > row_before and slot_bytes(m, second.slot) != open_before
+    assert slot_bytes(m, first.slot) == frozen
+    for name, array in closing.snapshot.arrays.items():
+        if name in ARRAYS:
+            assert np.array_equal(getattr(m.pool, name)[first.slot], array), name
+
+
+def test_adopted_modules_render_the_same(flight: Flight, learned: tuple[Mapper, float]) -> None:
+    m = learned[0]
+    again = Mapper(MapConfig(cell_size_m="auto"), FIELD, ADAPT, threads=1)
+    for module in list(m.modules.values()):
+        closing: Closing = m.close(module)
+        assert closing.snapshot is not None
+        meta = json.loads(json.dumps(closing.snapshot.meta))
+        again.adopt(closing.snapshot.arrays, meta, 1, "digest")
+    assert again.pool is not None and again.pool.cell_m == CELL_M
+    assert all(x.state == "closed" for x in again.modules.values())
+    for view in flight.views:
+        a, b = render(m, view), render(again, view)
+        assert np.array_equal(a.rgb, b.rgb)
+        assert np.array_equal(a.depth, b.depth, equal_nan=True)
+        assert a.modules == b.modules
+
+
+# -- restarts ---------------------------------------------------------------------------------
+
+
+def test_a_restart_changes_no_bit(flight: Flight, tmp_path: Path) -> None:
+    m = mapper(flight.frames)
+    learn(m, 6)
+    store = Checkpoints(tmp_path)
+    store.save("open", *m.checkpoint())
+    loaded = store.load("open")
+    assert loaded is not None
+    again = Mapper(MapConfig(cell_size_m=CELL_M), FIELD, ADAPT, threads=1)
+    again.restore(*loaded)
+    for i, frame in enumerate(flight.frames):
+        again.add(i, flights.STREAM, frame, kept=loaded[1]["frames"][str(i)])
+    again.draining = True
+    assert not again.settle(), "nothing new came in"
+    for _ in range(5):
+        before, after = m.step(), again.step()
+        assert before == after
+    assert m.pool is not None and again.pool is not None
+    assert list(m.modules) == list(again.modules)
+    for cell, module in m.modules.items():
+        twin = again.modules[cell]
+        assert slot_bytes(m, module.slot) == slot_bytes(again, twin.slot)
+        for name in ("fisher", "moment", "square", "output_fisher", "adam_steps"):
+            a, b = getattr(m.pool, name)[module.row], getattr(again.pool, name)[twin.row]
+            assert np.array_equal(a, b), name
+    for a, b in zip(m.frames.values(), again.frames.values(), strict=True):
+        assert np.array_equal(a.gain, b.gain) and a.rays == b.rays and a.band == b.band
+    assert np.array_equal(m.gain("front", 1.2), again.gain("front", 1.2))
+
+
+def test_frames_after_a_restart_are_settled(flight: Flight) -> None:
+    m = mapper(flight.frames[:6])
+    learn(m, 3)
+    arrays, meta = m.checkpoint()
+    again = Mapper(MapConfig(cell_size_m=CELL_M), FIELD, ADAPT, threads=1)
+    again.restore(arrays, json.loads(json.dumps(meta)))
+    for i, frame in enumerate(flight.frames):
+        again.add(i, flights.STREAM, frame, kept=meta["frames"].get(str(i)))
+    assert again.settle() and all(f.tiles for f in again.frames.values())
+
+
+# -- world ------------------------------------------------------------------------------------
+
+
+def test_utm_sized_offsets_change_nothing(flight: Flight) -> None:
+    far = flight.shifted((500_000.25, 5_000_000.5, 300.125))
+    scores = []
+    for where in (flight, far):
+        m = mapper(where.frames)
+        learn(m, 20)
+        scores.append(score(m, where))
+    assert scores[0] == pytest.approx(scores[1], abs=0.01)
+
+
+# -- odd streams ------------------------------------------------------------------------------
+
+
+def test_a_module_that_no_tile_reaches_any_more_is_given_up(flight: Flight) -> None:
+    m = mapper(flight.frames)
+    structure = m.structures[0]
+    opened = set(m.modules)
+    structure.points[:, 2] += 20  # the ground turns out to be much nearer: footprints shrink
+    structure.rasters.clear()
+    m._dirty = True
+    m.settle()
+    assert m.pool is not None
+    gone = opened - set(m.modules)
+    assert gone and not gone & m.pool.slot_of.keys() and not gone & structure.rasters.keys()
+    assert all(m._tiles[cell] for cell in m.modules)
+    learn(m)
+    assert {x.cell for x in m.finished()} == set(m.modules)
+    assert all(x.steps > 0 for x in m.modules.values())
+
+
+def test_masked_pictures_teach_nothing(flight: Flight) -> None:
+    cam = flight.frames[0].camera
+    nothing = encode_image(np.zeros((cam.height, cam.width), np.uint8), "png")
+    m = mapper([replace(f, mask=nothing) for f in flight.frames[:3]])
+    assert m.pool is not None
+    before = m.pool.weights.copy()
+    learn(m, 3)
+    assert m.steps == 3 and m.psnr is None
+    assert all(x.psnr is None for x in m.modules.values())
+    assert np.array_equal(m.pool.weights, before)
