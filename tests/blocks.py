@@ -71,7 +71,6 @@ class Ground:
         return np.asarray((1 - b) * low + b * high, np.float64)
 
 
-
 def camera(width: int = 96, height: int = 64) -> Camera:
     """A pinhole camera whose footprint is as wide as 1.1 times the height it flies at."""
     focal = width / 1.1

@@ -79,8 +79,8 @@ class Mapper:
 
     A map has one or more sites, parts of the world too far apart for one float32 frame. A site's
     `origins` entry, (3,) float64 metres in its world frame, is subtracted from every position; it
-    is the camera position of the site's first frame, rounded. `recall(id, version)` gives back a
-    committed module; without it, what is closed is never learned again.
+    is the camera position of the site's first frame. `recall(id, version)` gives back a committed
+    module; without it, what is closed is never learned again.
     """
 
     def __init__(
@@ -228,7 +228,7 @@ class Mapper:
                 f"{camera.width}x{camera.height}"
             )
         position = frame.T_world_camera[:3, 3]
-        origin = self.origins.setdefault(site, np.round(position))
+        origin = self.origins.setdefault(site, position.copy())
         return HeldFrame(
             frame_id, stream, frame.seq, frame.timestamp, np.ascontiguousarray(image), mask,
             (camera.fx, camera.fy, camera.cx, camera.cy),

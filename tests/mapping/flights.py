@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from mclnf_edge.config import AdaptConfig, FieldConfig, MapConfig
 from mclnf_edge.inference.renderer import Renderer
+from mclnf_edge.mapping.initialization import load_init
 from mclnf_edge.mapping.mapper import Mapper
 from mclnf_edge.maths.metrics import psnr
 from mclnf_edge.types import Frame, Render, View
@@ -19,6 +21,8 @@ STREAM = "session/front"
 FIELD = FieldConfig(plane_texels=64, plane_vertical=8, voxels=16)
 ADAPT = AdaptConfig(rays_per_step=1024, min_rays_per_frame=256, budget_s_per_frame=1e6)
 """Seconds never end a budget, so that a slow machine learns the same."""
+
+INIT = load_init(None).mlp
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Flight:
         return float(np.mean([psnr(a, b) for a, b in zip(flat, self.truth, strict=True)]))
 
 
+@cache
 def flight(n: int = 8, width: int = 128, height: int = 96) -> Flight:
     """Pictures of ground with two blocks, from 30 m."""
     ground = blocks.Ground(0.0, ((-6, -7, 5, 4, 4.0), (9, 2, 14, 8, 2.5)))
@@ -64,7 +69,7 @@ def flight(n: int = 8, width: int = 128, height: int = 96) -> Flight:
 
 def mapper(frames: list[Frame], threads: int = 1, **adapt: Any) -> Mapper:
     """A mapper that holds the frames and has its modules seeded; `adapt` changes ADAPT."""
-    made = Mapper(MapConfig(cell_size_m=CELL_M), FIELD, replace(ADAPT, **adapt), threads=threads)
+    made = Mapper(MapConfig(cell_size_m=CELL_M), FIELD, replace(ADAPT, **adapt), INIT, threads)
     for i, frame in enumerate(frames):
         made.add(i, STREAM, frame)
     made.draining = True

@@ -48,8 +48,8 @@ def slot_bytes(m: Mapper, slot: int) -> bytes:
 def test_steps_raise_the_held_out_psnr(flight: Flight, learned: tuple[Mapper, float]) -> None:
     m, seeded = learned
     done = score(m, flight)
-    assert done > flight.mean_psnr() + 4
-    assert done > seeded + 0.7
+    assert seeded > flight.mean_psnr() + 6, "the swept and painted start is a picture already"
+    assert done > seeded + 1
     assert m.progress() == 1 and len(m.modules) >= 4
     assert all(render(m, view).known.mean() > 0.9 for view in flight.views)
 
@@ -104,6 +104,17 @@ def corrupted(flight: Flight, share: float) -> Flight:
     return replace(flight, frames=frames)
 
 
+def test_one_percent_of_outliers_costs_little(flight: Flight) -> None:
+    bad = corrupted(flight, 0.01)
+    scores = {}
+    for name, over, cap in (("clean", flight, 4.0), ("capped", bad, 4.0), ("open", bad, 1e6)):
+        m = mapper(over.frames, robust_cap=cap)
+        learn(m, 40)
+        scores[name] = score(m, flight)
+    assert scores["capped"] > scores["clean"] - 0.4
+    assert scores["open"] < scores["capped"] - 0.07
+
+
 # -- minimum of rays --------------------------------------------------------------------------
 
 
@@ -135,7 +146,7 @@ def test_what_is_closed_stays_as_it_is(flight: Flight) -> None:
     m = mapper(flight.frames)
     assert m.pool is not None
     learn(m, 10)
-    first, second = sorted(m.modules.values(), key=lambda x: -x.rays)[:2]
+    first, second = sorted(m.modules.values(), key=lambda x: -x.rays)[:2]  # neighbours
     closing = m.close(first)
     assert closing.snapshot is not None and first.state == "closed"
     frozen, open_before = slot_bytes(m, first.slot), slot_bytes(m, second.slot)
@@ -175,7 +186,7 @@ def test_a_restart_changes_no_bit(flight: Flight, tmp_path: Path) -> None:
     store.save("open", *m.checkpoint())
     loaded = store.load("open")
     assert loaded is not None
-    again = Mapper(MapConfig(cell_size_m=CELL_M), FIELD, ADAPT, threads=1)
+    again = Mapper(MapConfig(cell_size_m=CELL_M), FIELD, ADAPT, flights.INIT, 1)
     again.restore(*loaded)
     for i, frame in enumerate(flight.frames):
         again.add(i, flights.STREAM, frame, kept=loaded[1]["frames"][str(i)])
@@ -201,7 +212,7 @@ def test_frames_after_a_restart_are_settled(flight: Flight) -> None:
     m = mapper(flight.frames[:6])
     learn(m, 3)
     arrays, meta = m.checkpoint()
-    again = Mapper(MapConfig(cell_size_m=CELL_M), FIELD, ADAPT, threads=1)
+    again = Mapper(MapConfig(cell_size_m=CELL_M), FIELD, ADAPT, flights.INIT, 1)
     again.restore(arrays, json.loads(json.dumps(meta)))
     for i, frame in enumerate(flight.frames):
         again.add(i, flights.STREAM, frame, kept=meta["frames"].get(str(i)))
@@ -212,9 +223,9 @@ def test_frames_after_a_restart_are_settled(flight: Flight) -> None:
 
 
 def test_utm_sized_offsets_change_nothing(flight: Flight) -> None:
-    far = flight.shifted((500_000.25, 5_000_000.5, 300.125))
     scores = []
-    for where in (flight, far):
+    for offset in ((0.0, 0.0, 0.0), (500_000.3, 5_000_000.7, 312.4)):
+        where = flight.shifted(offset)
         m = mapper(where.frames)
         learn(m, 20)
         scores.append(score(m, where))
