@@ -107,12 +107,17 @@ def find_flights(folder: Path) -> dict[str, dict[str, Any]]:
 class Episode:
     """One capture, swept and seeded, that can be adapted again and again from new parameters."""
 
-    def __init__(self, path: Path, frames: int | None, threads: int = 1) -> None:
-        """Hold the first `frames` (None: all) of the train split of the capture at `path`."""
+    def __init__(
+        self, path: Path, frames: int | None, threads: int = 1, fold: int | None = None
+    ) -> None:
+        """Hold the first `frames` (None: all) of the train split of the capture at `path`.
+
+        `fold` is as in `Capture.fold`.
+        """
         config = ServeConfig()
         self._adapt = replace(config.adapt, budget_s_per_frame=_ENDLESS_S)
         self.mapper = Mapper(config.map, config.field, self._adapt, threads=threads)
-        capture = open_capture(path)
+        capture = open_capture(path).fold(fold)
         for i, frame in enumerate(capture.split("train").frames[:frames]):
             self.mapper.add(i, _STREAM, frame)
         self.test: Sequence[Frame] = capture.split("test").frames
