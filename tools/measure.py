@@ -95,3 +95,15 @@ def verdict(gaps: list[float], low: float, high: float) -> str:
     if low <= 0 <= high:
         return "no measurable difference"
     return f"{np.mean(gaps):+.2f} dB"
+
+
+def words(found: dict[str, Any] | None) -> str:
+    """What `pair` found, for a table's cell: the difference and its interval."""
+    if found is None or found["difference_db"] is None:
+        return ""
+    shown = f"{found['difference_db']:+.2f}"
+    if found["interval"] is None:
+        return f"{shown} ({found['verdict']})"
+    low, high = found["interval"]
+    inside = ": no measurable difference" if low <= 0 <= high else ""
+    return f"{shown} [{low:+.2f}, {high:+.2f}]{inside}"

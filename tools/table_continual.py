@@ -16,8 +16,8 @@ after the other, each is done after its share of STEPS steps and its rays never 
 PSNR is taken on held-out pixels whose swept surface lies in the first task, after every task; on
 those of every other task when it is done; and on all of them at the end. The fast field starts from
 the shipped initialization and the seeded planes in every row, the MLP from random. Run r has seed r
-and its own split (`measure.RUNS`); the MLP has run 0 only. Stopped and started again it goes on. Writes
-table_continual.json and .png.
+and its own split (`measure.RUNS`); the MLP has run 0 only. Stopped and started again it goes on.
+Writes table_continual.json and .png.
 """
 
 from __future__ import annotations
@@ -346,8 +346,11 @@ def lines(results: dict[str, Any]) -> list[str]:
                 _number(found.get("first_when_closed")),
                 _number(found["first_at_end"]),
             ]
-            cells += [_gap(found.get("forgetting")), _gap(found.get("forgetting_every_task"))]
-            cells += [_number(found["all_tasks"]), _gap(found.get("gap_to_joint"))]
+            cells += [
+                measure.words(found.get("forgetting")),
+                measure.words(found.get("forgetting_every_task")),
+            ]
+            cells += [_number(found["all_tasks"]), measure.words(found.get("gap_to_joint"))]
             out.append("| " + " | ".join(cells) + " |")
     return out
 
@@ -386,16 +389,6 @@ def _mean(values: Any) -> float | None:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
-
-
-def _gap(pair: dict[str, Any] | None) -> str:
-    if pair is None or pair["difference_db"] is None:
-        return ""
-    if pair["interval"] is None:
-        return f"{pair['difference_db']:+.3f} ({pair['verdict']})"
-    low, high = pair["interval"]
-    words = f", {pair['verdict']}" if low <= 0 <= high else ""
-    return f"{pair['difference_db']:+.3f} [{low:+.3f}, {high:+.3f}{words}]"
 
 
 if __name__ == "__main__":

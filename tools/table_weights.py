@@ -2,10 +2,10 @@
 
 Every setting takes the same steps from the same seeded modules and the shipped initialization, with
 the same rays: Fisher weights (on), none (off), the controls (GradNCP's score, squared residual,
-Fisher weights shuffled within the batch), and sweeps of fisher_lambda and fisher_damping. Run r has
-seed r and a split of its own (the capture's, then every 8th frame from 1 and from 4), so that a
-capture of 18 frames has more than two held-out views; settings are compared view by view within a
-run. Stopped and started again it goes on. Writes table_weights.json and .png.
+Fisher weights shuffled within the batch), and sweeps of fisher_lambda and, in run 0 only, of its
+damping and the clamps. Run r has seed r and a split of its own (`measure.RUNS`), so that a capture
+of 18 frames has more than two held-out views; settings are compared view by view within a run.
+Stopped and started again it goes on. Writes table_weights.json and .png.
 """
 
 from __future__ import annotations
@@ -40,9 +40,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lambda 0.03": {"fisher_lambda": 0.03},
     "lambda 0.3": {"fisher_lambda": 0.3},
     "lambda 1": {"fisher_lambda": 1.0},
+}
+FIRST_RUN_ONLY: dict[str, dict[str, Any]] = {
     "damping 0.01": {"fisher_damping": 0.01},
     "damping 1": {"fisher_damping": 1.0},
+    "clamp 3": {"weight_clamp": 3.0},
+    "clamp 100": {"weight_clamp": 100.0},
+    "residuals not capped": {"robust_cap": 1e9},
 }
+EVERY = SETTINGS | FIRST_RUN_ONLY
 QUANTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 
 
@@ -67,7 +73,6 @@ def protocol(init: Initialization) -> dict[str, Any]:
         "steps": STEPS,
         "rates": "the defaults, falling tenfold over these steps",
         "test_pictures": f"1/{SHRINK} of their width, exposure from their neighbours in time",
-        "settings": SETTINGS,
         "runs": measure.RUNS,
     }
 
@@ -81,15 +86,15 @@ def run(
     out: Path,
 ) -> None:
     """Every setting that this capture lacks in this run."""
-    todo = [
-        s for s in SETTINGS if not measure.find(results, capture=path.name, seed=seed, setting=s)
-    ]
+    wanted = SETTINGS if (seed, fold) != measure.RUNS[0] else EVERY
+    key = {"capture": path.name, "seed": seed, "fold": fold}
+    todo = [s for s in wanted if not measure.find(results, **key, setting=s, values=EVERY[s])]
     if not todo:
         return
     episode = Episode(path, None, fold=fold)
     for setting in todo:
-        row = {"capture": path.name, "seed": seed, "fold": fold, "setting": setting}
-        row |= adapt(episode, init, seed, SETTINGS[setting])
+        row = key | {"setting": setting, "values": EVERY[setting]}
+        row |= adapt(episode, init, seed, EVERY[setting])
         results["rows"].append(row)
         results["summary"] = summarise(results["rows"])
         measure.save(out, results)
@@ -148,7 +153,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     for capture in [*dict.fromkeys(row["capture"] for row in rows), "all"]:
         here = [row for row in rows if capture in ("all", row["capture"])]
         out[capture] = {}
-        for setting in SETTINGS:
+        for setting in EVERY:
             values = views(here, setting)
             if values:
                 mean = round(float(np.mean(list(values.values()))), 3)
@@ -160,15 +165,18 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def lines(results: dict[str, Any]) -> list[str]:
-    """The table in Markdown: PSNR and gap to `off` per capture, weights' quantiles."""
+    """The table in Markdown: PSNR without weights, the others' gap to it, weights' quantiles."""
     summary = results["summary"]
     head = ["weights", *summary, "5, 50, 95, 99 % of w", "effective rays"]
     out = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for setting in SETTINGS:
+    for setting in EVERY:
         cells = [setting]
         for entry in summary.values():
             found = entry.get(setting)
-            cells.append(f"{found['psnr']:.2f} ({found['minus_off']['verdict']})" if found else "")
+            if setting == "off" or found is None:
+                cells.append(f"{found['psnr']:.2f} dB" if found else "")
+            else:
+                cells.append(measure.words(found["minus_off"]))
         spread = [row["weights"] for row in results["rows"] if row["setting"] == setting]
         middle = [np.mean([s["quantiles"][q] for s in spread]) for q in ("5", "50", "95", "99")]
         cells.append(", ".join(f"{m:.2f}" for m in middle))
@@ -182,7 +190,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     summary = results["summary"]
-    names = [s for s in SETTINGS if s != "off"]
+    names = [s for s in EVERY if s != "off"]
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     gaps, spread = figure.subplots(1, 2)
     at = np.arange(len(names))
@@ -199,7 +207,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     gaps.set_xticks(at, names, rotation=40, ha="right")
     gaps.set(ylabel="held-out PSNR minus that without weights (dB)", title="95 % intervals")
     gaps.legend(fontsize=8)
-    for i, name in enumerate(SETTINGS):
+    for i, name in enumerate(EVERY):
         rows = [r["weights"]["quantiles"] for r in results["rows"] if r["setting"] == name]
         if rows:
             middle = [np.mean([r[str(q)] for r in rows]) for q in QUANTILES]
