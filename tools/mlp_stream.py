@@ -60,7 +60,7 @@ class MlpStream:
         if replay is not None:
             parts.append(self._pick(replay, RAYS - mine))
         frame, tile = np.concatenate(parts, axis=1)
-        ro, rd, truth, use, gains, bands = self.mapper.batch(frame, tile)
+        ro, rd, truth, use, gains, bands = self.mapper.batch(frame, tile, self.random)
         self.taken += 1
         shown, met = self.render(ro, rd, bands, jitter=True)
         error = shown * torch.from_numpy(gains) - torch.from_numpy(truth)
@@ -79,7 +79,8 @@ class MlpStream:
         assert mapper.pool is not None
         reach = 60.0 * float((ro[:, 2] - bands[:, 0]).max())
         trace(mapper.pool, self._work, ro, rd, bands, steps=48, uniform=0.05,
-              seed=self.taken + self.seed * 1_000_003, jitter=jitter, reach=reach)  # fmt: skip
+              seed=self.taken + self.seed * 1_000_003, jitter=jitter, reach=reach,
+              site=0)  # fmt: skip
         t = self._work.tape.t[: n * SAMPLES].reshape(n, SAMPLES).copy()
         met = self._work.tape.used[:n] > 0
         t[~met] = np.arange(1, SAMPLES + 1)
@@ -98,11 +99,11 @@ class MlpStream:
     ) -> F32:
         """(n, 3) colours in [0, 1] of pixels (n, 2) given as (column, row)."""
         mapper = self.mapper
-        assert mapper.pool is not None and mapper.origin is not None
+        assert mapper.pool is not None
         _, directions = pixel_rays(camera, T_world_camera, chosen)
         rd = (directions / np.linalg.norm(directions, axis=1, keepdims=True)).astype(np.float32)
-        eye = (T_world_camera[:3, 3] - mapper.origin).astype(np.float32)
-        band = mapper.pool.height_band(mapper.pool.in_sight(eye))
+        eye = (T_world_camera[:3, 3] - mapper.origins[0]).astype(np.float32)
+        band = mapper.pool.height_band(mapper.pool.in_sight(eye, 0))
         out = np.empty((len(rd), 3), np.float32)
         for a in range(0, len(rd), _CHUNK):
             part = rd[a : a + _CHUNK]

@@ -40,29 +40,29 @@ class StreamMapper(Mapper):
         """Share of the current task's steps that is taken."""
         return self.spent
 
-    def _ray_targets(self) -> tuple[I32, ...]:
+    def _ray_targets(self) -> dict[int, tuple[I32, ...]]:
         assert self.drawn is not None
         if self.replay is None:
-            return self.drawn
+            return {0: self.drawn}
         pick = self._random.integers(0, len(self.replay[0]), len(self.drawn[0]))
-        return tuple(
-            np.concatenate([now, past[pick]])
-            for now, past in zip(self.drawn, self.replay, strict=True)
-        )
+        both = zip(self.drawn, self.replay, strict=True)
+        return {0: tuple(np.concatenate([now, past[pick]]) for now, past in both)}
 
     def _step_texels(self, pool: ModulePool, length: int) -> None:
         super()._step_texels(pool, length)
         if self.tied:
             tie(pool.weight_gradient, pool.owner[pool.owner >= 0])
 
-    def batch(self, frame: I32, tile: I32) -> tuple[F32, F32, F32, F32, F32, F32]:
+    def batch(
+        self, frame: I32, tile: I32, random: np.random.Generator
+    ) -> tuple[F32, F32, F32, F32, F32, F32]:
         """Rays of one random pixel in each tile.
 
         Returns origins, directions, colours, mask (R,), exposures (R, 3) and height bands (R, 2).
         """
         frames = list(self.frames.values())
         gains = np.exp(np.stack([f.gain for f in frames]))[frame]
-        return *self._rays(frames, frame, tile), gains, self._bands(frames)[frame]
+        return *self._rays(frames, frame, tile, random), gains, self._bands(frames)[frame]
 
 
 def tie(gradients: Sequence[F32], rows: npt.NDArray[np.int32]) -> None:
@@ -135,6 +135,7 @@ def modules(
         learn(mapper, targets(mapper, run), steps[k])
         for module in own:
             closing = mapper.close(module)
+            assert closing.snapshot is not None
             closed.committed_bytes += sum(a.nbytes for a in closing.snapshot.arrays.values())
             closed.digests[module.id] = digest(pool, module.slot)
         after(k)
@@ -174,12 +175,6 @@ def kept(seen: Sequence[Targets], size: int, seed: int) -> Targets | None:
     chosen = np.random.default_rng(seed).permutation(len(every[0]))[: max(size // TILE_BYTES, 1)]
     frame, tile, row = (part[np.sort(chosen)] for part in every)
     return frame, tile, row
-
-
-def committed_bytes(pool: ModulePool) -> int:
-    """Bytes of one module's arrays in a snapshot: planes, grid and surface in half precision."""
-    halves = pool.features[0].size + pool.density[0].size + pool.surface[0].size
-    return 2 * halves + pool.weights[0].nbytes + pool.seen[0].nbytes + pool.band[0].nbytes
 
 
 def digest(pool: ModulePool, slot: int) -> str:

@@ -44,10 +44,12 @@ from tools.tasks import I32, TASKS, cut, targets, task_map, tiles_of  # noqa: E4
 
 STEPS = 400
 SHRINK = 3
+INSET = 0.12
+"""Share of a cell's edge by which `inside` pixels keep away from other tasks' cells."""
 FEWEST = 200
 """Held-out pixels (at 1/SHRINK) a view must have in the first task to count there."""
 
-FAST = ("modules, joint", "one network", "one network, replay", "one network, joint", "modules")
+FAST = ("modules", "modules, joint", "one network", "one network, replay", "one network, joint")
 MLP = ("MLP", "MLP, replay", "MLP, joint")
 JOINT = {
     "modules": "one network, joint",
@@ -75,6 +77,8 @@ def main() -> int:
                 results, capture=capture, seed=seed, method=m)]  # fmt: skip
             if todo:
                 stage = Stage(options.data / capture, seed, fold, init)
+                known = measure.find(results, capture=capture, seed=seed, method="modules")
+                stage.replay_bytes = known["committed_bytes"] if known else 0
                 for method in todo:
                     results["rows"].append(stage.run(method))
                     results["summary"] = summarise(results["rows"])
@@ -97,6 +101,7 @@ def protocol(init: Initialization) -> dict[str, Any]:
         "rates": "the defaults, the MLP's rates falling tenfold within each task",
         "test_pictures": f"1/{SHRINK} of their width, exposure from their neighbours in time",
         "fewest_pixels": FEWEST,
+        "inset": INSET,
         "runs": measure.RUNS,
     }
 
@@ -116,16 +121,18 @@ class Stage:
             self.count, place = self._cells()
         self.tasks = cut(self.count, place, TASKS)
         self.steps = streams.shares(self.tasks, self.count, STEPS)
-        self.masks: list[I32] = [self._mask(frame) for frame in self.episode.test]
+        self.masks: list[I32] = [self._mask(frame, 0) for frame in self.episode.test]
+        self.inner: list[I32] = [self._mask(frame, INSET) for frame in self.episode.test]
+        self.replay_bytes = 0
 
     def _cells(self) -> tuple[dict[Cell, int], dict[Cell, float]]:
         mapper = self.episode.mapper
         count, place = tiles_of(list(mapper.frames.values()))
         return {c: n for c, n in count.items() if c in mapper.modules}, place
 
-    def _mask(self, frame: Any) -> I32:
+    def _mask(self, frame: Any, inset: float) -> I32:
         camera = frame.camera.scaled(frame.camera.width // SHRINK, frame.camera.height // SHRINK)
-        return task_map(self.episode.mapper, self.tasks, camera, frame.T_world_camera)
+        return task_map(self.episode.mapper, self.tasks, camera, frame.T_world_camera, inset)
 
     def run(self, method: str) -> dict[str, Any]:
         """Learn the stream with one method; the row of the JSON."""
@@ -156,20 +163,27 @@ class Stage:
         facts: dict[str, Any] = {"parameters": size}
         if method == "modules":
             gains: list[Any] = []
+            inside: Curves = {}
 
             def closing(task: int) -> None:
                 after(task)
                 gains.extend(self.episode.gain(frame) for frame in self.episode.test)
+                if task in (0, len(self.tasks) - 1):
+                    for name, value in self._scores(show, 0, self.inner).items():
+                        inside.setdefault(name, []).append(value)
 
             closed = streams.modules(mapper, self.tasks, self.steps, closing)
-            facts["first_task_exposure_held"] = self._scores(partial(self._picture, gains), 0)
+            self.replay_bytes = closed.committed_bytes
             facts |= {"closed": len(closed.digests), "changed": closed.changed,
-                      "committed_bytes": closed.committed_bytes}  # fmt: skip
+                      "committed_bytes": closed.committed_bytes,
+                      "first_task_inside": inside}  # fmt: skip
+            held = partial(self._picture, gains[: len(self.masks)])
+            facts["first_task_exposure_held"] = self._scores(held, 0)
         elif method.endswith("joint"):
             streams.jointly(mapper, self.tasks, sum(self.steps))
             after(len(self.tasks) - 1)
         else:
-            size = self._replay_bytes() if method.endswith("replay") else 0
+            size = self.replay_bytes if method.endswith("replay") else 0
             streams.one_network(mapper, self.tasks, self.steps, after, size)
             facts |= {"replay_bytes": size, "capture_bytes": self._all_tiles()}
         return facts | {"all_tasks": self._scores(show, None)}
@@ -180,7 +194,7 @@ class Stage:
         show = partial(self._mlp_picture, stream)
         after = partial(self._note, first, own, show)
         drawn = [targets(mapper, run) for run in self.tasks]
-        size = self._replay_bytes() if method.endswith("replay") else 0
+        size = self.replay_bytes if method.endswith("replay") else 0
         if method.endswith("joint"):
             everything = targets(mapper, [cell for run in self.tasks for cell in run])
             learn_in_turn(stream, [everything], [sum(self.steps)], lambda k: None)
@@ -202,10 +216,12 @@ class Stage:
             for name, value in self._scores(show, k).items():
                 own.setdefault(f"{k}/{name}", []).append(value)
 
-    def _scores(self, show: Callable[[int, Any], Any], task: int | None) -> Scores:
+    def _scores(
+        self, show: Callable[[int, Any], Any], task: int | None, masks: list[I32] | None = None
+    ) -> Scores:
         """dB of each held-out view on its pixels in one task, or in any."""
         out = {}
-        for i, mask in enumerate(self.masks):
+        for i, mask in enumerate(masks or self.masks):
             wanted = mask == task if task is not None else mask >= 0
             if wanted.sum() >= FEWEST:
                 shown, truth, at = show(i, wanted)
@@ -251,11 +267,6 @@ class Stage:
         centre = np.float32([*(0.5 * (low + high)), 0.5 * (bottom + top)])
         return centre, float(0.5 * max(*(high - low), top - bottom))
 
-    def _replay_bytes(self) -> int:
-        """As many bytes as the modules of all tasks take when they are committed."""
-        assert self.episode.mapper.pool is not None
-        return len(self.count) * streams.committed_bytes(self.episode.mapper.pool)
-
     def _all_tiles(self) -> int:
         return sum(self.count.values()) * streams.TILE_BYTES
 
@@ -263,7 +274,8 @@ class Stage:
 def views(rows: Iterable[dict[str, Any]], method: str, what: str) -> Scores:
     """View -> dB: the first task when `closed`, at the `end`, there with the exposures `held` as
     they were when it closed; each task but the last when done (`own closed`) and at the end
-    (`own end`), a view once per task; `all` tasks together at the end.
+    (`own end`), a view once per task; the first task's pixels away from others (`inside closed`,
+    `inside end`); `all` tasks together at the end.
     """
     out = {}
     for row in rows:
@@ -272,6 +284,8 @@ def views(rows: Iterable[dict[str, Any]], method: str, what: str) -> Scores:
                 "closed": {view: values[0] for view, values in row["first_task"].items()},
                 "end": {view: values[-1] for view, values in row["first_task"].items()},
                 "held": row.get("first_task_exposure_held", {}),
+                "inside closed": {k: v[0] for k, v in row.get("first_task_inside", {}).items()},
+                "inside end": {k: v[-1] for k, v in row.get("first_task_inside", {}).items()},
                 "own closed": {k: v[0] for k, v in row["own_task"].items() if len(v) > 1},
                 "own end": {k: v[-1] for k, v in row["own_task"].items() if len(v) > 1},
                 "all": row["all_tasks"],
@@ -315,6 +329,9 @@ def entry(rows: list[dict[str, Any]], method: str) -> dict[str, Any]:
         found["changed"] = sum(len(row["changed"]) for row in own)
         held = views(rows, method, "held")
         found["forgetting_exposure_held"] = measure.pair(held, closed)
+        found["forgetting_inside"] = measure.pair(
+            views(rows, method, "inside end"), views(rows, method, "inside closed")
+        )
         lost, gap = found["forgetting"]["difference_db"], found["gap_to_joint"]["difference_db"]
         found["met"] = {
             "forgets at most 0.05 dB": lost is not None and lost >= TARGETS["forgetting_db"],

@@ -26,7 +26,7 @@ from mclnf_edge.mapping.initialization import Initialization, load_init  # noqa:
 from meta_trainer.city_init import Episode  # noqa: E402
 from tools import measure  # noqa: E402
 
-STEPS = 256
+STEPS = 192
 SHRINK = 3
 LAST = 64
 """Steps at the end whose weights are counted in the distribution."""

@@ -90,28 +90,52 @@ def first_hit(
 
 
 def task_map(
-    mapper: Mapper, runs: Sequence[Sequence[Cell]], camera: Camera, T_world_camera: Matrix4
+    mapper: Mapper,
+    runs: Sequence[Sequence[Cell]],
+    camera: Camera,
+    T_world_camera: Matrix4,
+    inset: float = 0.0,
 ) -> I32:
     """(H, W) number of the task in which each pixel's surface lies, -1 for none.
 
-    The surface is the one swept from the train frames, the same for every method.
+    The surface is the one swept from the train frames, the same for every method. Pixels nearer
+    than `inset` (a share of a cell's edge) to a cell that is not of their task count as none.
     """
-    assert mapper.structure is not None and mapper.pool is not None and mapper.origin is not None
-    structure, edge = mapper.structure, mapper.structure.cell_m
+    assert mapper.pool is not None
+    structure, edge = mapper.structures[0], mapper.pool.cell_m
     columns, rows = np.meshgrid(np.arange(camera.width), np.arange(camera.height))
     pixels = np.stack([columns.ravel(), rows.ravel()], axis=1)
     _, directions = pixel_rays(camera, T_world_camera, pixels)
-    eye = (T_world_camera[:3, 3] - mapper.origin).astype(np.float32)
+    eye = (T_world_camera[:3, 3] - mapper.origins[0]).astype(np.float32)
     cells = [cell for run in runs for cell in run]
     low, high = mapper.pool.height_band(cells)
 
     def heights(xy: F32) -> F32:
-        return structure.height_at(0, xy, np.full(len(xy), np.nan, np.float32))
+        return structure.height_at(xy, np.full(len(xy), np.nan, np.float32))
 
     xy, hit = first_hit(heights, eye, directions, high, low)
     index = np.floor(xy / edge).astype(np.int64)
     out = np.full(len(xy), -1, np.int32)
     for number, run in enumerate(runs):
-        for _, ix, iy in run:
-            out[hit & (index[:, 0] == ix) & (index[:, 1] == iy)] = number
+        own = {cell[1:] for cell in run}
+        for ix, iy in own:
+            here = hit & (index[:, 0] == ix) & (index[:, 1] == iy)
+            here[here] = distance(xy[here] / edge, own) >= inset
+            out[here] = number
     return out.reshape(camera.height, camera.width)
+
+
+def distance(at: F32, own: set[tuple[int, int]]) -> F32:
+    """(n,) how far points (n, 2) inside cells of `own` are from other cells, in cell edges.
+
+    Counted straight across the four sides; at most 1.
+    """
+    index = np.floor(at).astype(np.int64)
+    share, out = at - index, np.ones(len(at), np.float32)
+    for axis, step in ((0, -1), (0, 1), (1, -1), (1, 1)):
+        beside = index.copy()
+        beside[:, axis] += step
+        foreign = np.array([tuple(cell) not in own for cell in beside.tolist()], bool)
+        gap = share[:, axis] if step < 0 else 1 - share[:, axis]
+        out[foreign] = np.minimum(out, gap)[foreign]
+    return out
