@@ -21,7 +21,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -41,7 +41,7 @@ from mclnf_edge.types import Frame, View
 F32 = npt.NDArray[np.float32]
 log = logging.getLogger(__name__)
 
-_SEEDED = ("features", "density")
+_SEEDED = ("features", "density", "surface")
 _STREAM = "flight"
 _ENDLESS_S = 1e9
 """Budgets count rays only, so that a slow machine anneals no earlier than a fast one."""
@@ -107,12 +107,26 @@ def find_flights(folder: Path) -> dict[str, dict[str, Any]]:
 class Episode:
     """One capture, swept and seeded, that can be adapted again and again from new parameters."""
 
-    def __init__(self, path: Path, frames: int | None, threads: int = 1) -> None:
-        """Hold the first `frames` (None: all) of the train split of the capture at `path`."""
+    make_mapper: type[Mapper] = Mapper
+
+    def __init__(
+        self,
+        path: Path,
+        frames: int | None,
+        threads: int = 1,
+        fold: int | None = None,
+        cell_m: float | Literal["auto"] = "auto",
+    ) -> None:
+        """Hold the first `frames` (None: all) of the train split of the capture at `path`.
+
+        `fold` is as in `Capture.fold`, `cell_m` the edge of a cell.
+        """
         config = ServeConfig()
         self._adapt = replace(config.adapt, budget_s_per_frame=_ENDLESS_S)
-        self.mapper = Mapper(config.map, config.field, self._adapt, threads=threads)
-        capture = open_capture(path)
+        self.mapper = self.make_mapper(
+            replace(config.map, cell_size_m=cell_m), config.field, self._adapt, threads=threads
+        )
+        capture = open_capture(path).fold(fold)
         for i, frame in enumerate(capture.split("train").frames[:frames]):
             self.mapper.add(i, _STREAM, frame)
         self.test: Sequence[Frame] = capture.split("test").frames
@@ -174,14 +188,33 @@ class Episode:
         """
         return [self._psnr(frame, shrink) for frame in self.test]
 
-    def _psnr(self, frame: Frame, shrink: int) -> float:
-        camera = frame.camera.scaled(frame.camera.width // shrink, frame.camera.height // shrink)
+    def gain(self, frame: Frame) -> F32:
+        """(3,) log exposure of a test frame, from its neighbours in time."""
+        return self.mapper.gain(_STREAM, frame.timestamp)
+
+    def truth(self, frame: Frame, shrink: int) -> npt.NDArray[np.uint8]:
+        """(H, W, 3) a test frame as it was taken, at 1/shrink its size."""
+        size = (frame.camera.width // shrink, frame.camera.height // shrink)
+        full = decode_image(frame.image, frame.encoding, frame.camera)
+        return cv2.resize(full, size, interpolation=cv2.INTER_AREA).astype(np.uint8)
+
+    def picture(
+        self, frame: Frame, shrink: int, gain: F32 | None = None
+    ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+        """A test frame as the map shows it and as it was taken, (H, W, 3), at 1/shrink its size.
+
+        `gain` (3,) is the log exposure, None: that of its neighbours in time.
+        """
+        truth = self.truth(frame, shrink)
+        camera = frame.camera.scaled(truth.shape[1], truth.shape[0])
         view = View(camera, frame.T_world_camera, frame.timestamp, _STREAM)
-        gain = self.mapper.gain(_STREAM, frame.timestamp)
+        gain = self.gain(frame) if gain is None else gain
         shown = self._renderer.render(self.mapper.pool, self.mapper.origins[0], view, gain)
-        truth = decode_image(frame.image, frame.encoding, frame.camera)
-        small = cv2.resize(truth, (camera.width, camera.height), interpolation=cv2.INTER_AREA)
-        error = (shown.rgb.astype(np.float64) - small) / 255
+        return shown.rgb, truth
+
+    def _psnr(self, frame: Frame, shrink: int) -> float:
+        shown, truth = self.picture(frame, shrink)
+        error = (shown.astype(np.float64) - truth) / 255
         return float(-10 * np.log10(max((error**2).mean(), 1e-9)))
 
 

@@ -96,6 +96,22 @@ class Capture:
         kept = [r for r in self.frames.records if which in ("all", r.split)]
         return replace(self, frames=Frames(kept))
 
+    def fold(self, offset: int | None) -> Capture:
+        """The same frames with every TEST_EVERY-th from `offset` on as `test`, the rest `train`.
+
+        None keeps the capture's own splits; CaptureError for an offset beyond TEST_EVERY.
+        """
+        if offset is None:
+            return self
+        if not 0 <= offset < TEST_EVERY:
+            raise CaptureError(f"fold: expected 0 to {TEST_EVERY - 1}, received {offset}")
+        split: dict[bool, Split] = {True: "test", False: "train"}
+        records = [
+            replace(r, split=split[i % TEST_EVERY == offset])
+            for i, r in enumerate(self.frames.records)
+        ]
+        return replace(self, frames=Frames(records))
+
     def frame(self, key: str | int) -> Frame:
         """The frame of this name or place.
 

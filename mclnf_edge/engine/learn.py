@@ -9,6 +9,7 @@ import numpy.typing as npt
 from numba import float32, njit
 
 from mclnf_edge.engine.field import CHANNELS, HIDDEN, JIT
+from mclnf_edge.engine.volume import Tape
 
 FISHER_SIZE = (HIDDEN + 1) * 4
 """Entries of the output layer's Fisher diagonal that weigh a ray."""
@@ -100,3 +101,25 @@ def ray_weights(q: F32, strength: float, clamp: float) -> F32:
     w = 1 + strength * np.minimum(np.where(finite, q, 0) / q[live].mean(dtype=np.float64), clamp)
     weights: F32 = np.where(finite, w / w[live].mean(), 1).astype(np.float32)
     return weights
+
+
+def residual_score(d_rgb: F32) -> F32:
+    """(R,) squared error of each ray, up to a factor; `d_rgb` (R, 3) is the loss's gradient."""
+    score: F32 = np.square(d_rgb).sum(1, dtype=np.float32)
+    return score
+
+
+def gradncp_score(tape: Tape, d_rgb: F32, samples: int) -> F32:
+    """(R,) square of GradNCP's score (Tack et al. 2023): error norm times last feature norm.
+
+    A ray's feature is that of its samples, each of the first module that knows it, composed with
+    the volume rendering's weights; the output layer's bias counts as a feature of 1. Squared, since
+    q is of second order in the score. Rays that meet nothing get 0.
+    """
+    n = len(d_rgb)
+    taken = np.arange(samples) < tape.used[:n, None]
+    weight = np.where(taken, tape.weight[: n * samples].reshape(n, samples), 0)
+    features = tape.h2.reshape(-1, HIDDEN)[tape.first[: n * samples]].reshape(n, samples, HIDDEN)
+    composed = np.einsum("rk,rkh->rh", weight, np.where(taken[..., None], features, 0))
+    score: F32 = residual_score(d_rgb) * (np.square(composed).sum(1) + 1)
+    return np.where(taken.any(1), score, 0).astype(np.float32)

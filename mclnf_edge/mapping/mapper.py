@@ -68,10 +68,12 @@ class Closing:
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimization step: running PSNR (None until a ray met no mask), number of rays drawn."""
+    """One step: running PSNR (None until a ray met no mask), rays drawn and their weights."""
 
     psnr: float | None
     rays: int
+    weights: F32
+    """(rays,) weight of each ray in the loss, mean 1."""
 
 
 class Mapper:
@@ -480,7 +482,7 @@ class Mapper:
         self._count(frames, frame_of[pick], row[pick], residual, use > 0, seconds)
         if use.any():
             self.psnr = _running(self.psnr, -10 * np.log10(max(mse, 1e-9)))
-        return StepReport(self.psnr, n)
+        return StepReport(self.psnr, n, weights)
 
     def _pick_site(self, targets: dict[int, tuple[npt.NDArray[np.int32], ...]]) -> int:
         """One site a step, as often as its share of the tiles."""
@@ -529,11 +531,25 @@ class Mapper:
         return np.ascontiguousarray(ro, np.float32), np.ascontiguousarray(v, np.float32), truth, use
 
     def _weigh(self, scene: volume.Scene, d_rgb: F32) -> F32:
-        """Fisher weights of the rays from the output layer's running diagonal (Eq. 3)."""
+        """Weights of the rays (Eq. 3); `adapt.weighting` says what stands for the information."""
+        adapt, n = self.adapt, len(d_rgb)
+        if adapt.weighting == "none" or adapt.fisher_lambda == 0:
+            return np.ones(n, np.float32)
+        if adapt.weighting == "residual":
+            q = learn.residual_score(d_rgb)
+        elif adapt.weighting == "gradncp":
+            q = learn.gradncp_score(self._work.tape, d_rgb, _SAMPLES)
+        else:
+            q = self._information(scene, d_rgb)
+        weights = learn.ray_weights(q, adapt.fisher_lambda, adapt.weight_clamp)
+        if adapt.weighting == "shuffled":
+            np.random.default_rng((adapt.seed, self.steps)).shuffle(weights)
+        return weights
+
+    def _information(self, scene: volume.Scene, d_rgb: F32) -> F32:
+        """q = g' F^-1 g of each ray, from the output layer's running diagonal F."""
         pool, n = self.pool, len(d_rgb)
         assert pool is not None
-        if self.adapt.weighting == "none" or self.adapt.fisher_lambda == 0:
-            return np.ones(n, np.float32)
         running = pool.output_fisher
         damped = running + self.adapt.fisher_damping * running.mean(1, keepdims=True) + 1e-20
         q = np.zeros(n, np.float32)
@@ -551,7 +567,7 @@ class Mapper:
         fresh = total[rows, :-1] / total[rows, -1:]
         first = ~running[rows].any(1, keepdims=True)
         running[rows] = np.where(first, fresh, 0.95 * running[rows] + 0.05 * fresh)
-        return learn.ray_weights(q, self.adapt.fisher_lambda, self.adapt.weight_clamp)
+        return q
 
     def _learn(self, scene: volume.Scene, d_rgb: F32, n: int) -> None:
         pool, tape, threads = self.pool, self._work.tape, self.threads

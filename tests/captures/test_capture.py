@@ -54,6 +54,16 @@ def test_default_split_holds_out_every_eighth(records: list[Record]) -> None:
         capture.split("dev")  # type: ignore[arg-type]
 
 
+def test_a_fold_holds_out_every_eighth_from_its_offset(records: list[Record]) -> None:
+    capture = capture_of([replace(r, split="val") for r in records])
+    fold = capture.fold(3)
+    assert [f.seq for f in fold.split("test")] == [3, 11, 19]
+    assert len(fold.split("train")) == 17 and len(fold) == 20
+    assert {f.split for f in capture.fold(None)} == {"val"}
+    with pytest.raises(CaptureError, match="0 to 7, received 8"):
+        capture.fold(8)
+
+
 def test_own_splits_are_kept(records: list[Record]) -> None:
     capture = capture_of([replace(r, split="val") for r in records[:3]])
     assert {f.split for f in capture} == {"val"}

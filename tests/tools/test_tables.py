@@ -1,0 +1,175 @@
+"""What the tables compute: intervals, tasks, first hits, replay, one MLP for all planes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba")
+torch = pytest.importorskip("torch")
+
+from mclnf_edge.config import ServeConfig  # noqa: E402
+from mclnf_edge.mapping.modules import Cell, Module, ModulePool  # noqa: E402
+from mclnf_edge.mapping.structure import RASTER, Structure  # noqa: E402
+from mclnf_edge.types import Camera  # noqa: E402
+from tools import measure, streams, table_continual, table_weights  # noqa: E402
+from tools.mlp_stream import compose  # noqa: E402
+from tools.tasks import cut, first_hit, task_map  # noqa: E402
+
+CAMERA = Camera(40, 20, 20.0, 20.0, 20.0, 10.0)
+LOOKING_DOWN = np.array([[1.0, 0, 0, 10], [0, 1, 0, 5], [0, 0, 1, 10], [0, 0, 0, 1]])
+"""10 m above (10, 5): 40 pixels see 20 m of flat ground along x, 20 pixels 10 m along y."""
+
+
+def test_a_difference_is_taken_view_by_view_and_named_only_when_its_interval_excludes_zero() -> (
+    None
+):
+    random = np.random.default_rng(1)
+    base = {f"view {i}": 20 + 3 * random.random() for i in range(12)}
+    better = {view: value + 0.2 + 0.02 * random.random() for view, value in base.items()}
+    found = measure.pair(better | {"another": 90.0}, base)
+    assert found["views"] == 12 and found["difference_db"] == pytest.approx(0.21, abs=0.01)
+    low, high = found["interval"]
+    assert 0.2 < low < found["difference_db"] < high < 0.22
+    assert found["verdict"] == "+0.21 dB"
+    noisy = {view: value + (-1) ** i for i, (view, value) in enumerate(base.items())}
+    assert measure.pair(noisy, base)["verdict"] == "no measurable difference"
+    assert measure.pair({"view 0": 21.0}, base)["interval"] is None
+
+
+def test_results_of_another_protocol_are_not_mixed_in(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    results = measure.open_results(path, {"steps": 4})
+    results["rows"].append({"capture": "a", "seed": 0})
+    measure.save(path, results)
+    again = measure.open_results(path, {"steps": 4})
+    assert measure.find(again, capture="a", seed=0) is not None
+    assert measure.find(again, capture="a", seed=1) is None
+    assert json.loads(path.read_text())["machine"]["cores"] >= 1
+    assert measure.open_results(path, {"steps": 8})["rows"] == []
+
+
+def test_cells_are_cut_into_runs_of_equal_tiles_in_the_order_of_the_flight() -> None:
+    count: dict[Cell, int] = {(0, x, 0): 10 for x in range(8)}
+    place = {cell: 8.0 - cell[1] for cell in count}
+    runs = cut(count, place, 4)
+    assert [[cell[1] for cell in run] for run in runs] == [[7, 6], [5, 4], [3, 2], [1, 0]]
+    assert streams.shares(runs, count, 100) == [25, 25, 25, 25]
+    count[0, 7, 0] = 1000
+    assert len(cut(count, place, 4)) < 4
+
+
+def test_the_first_hit_is_on_the_near_side_of_a_wall() -> None:
+    def wall(xy: np.ndarray) -> np.ndarray:
+        """Ground at 0, a block 8 m high from x = 5 to 6, nothing known beyond x = 20."""
+        height = np.where((xy[:, 0] > 5) & (xy[:, 0] < 6), 8.0, 0.0)
+        return np.where(xy[:, 0] > 20, np.nan, height).astype(np.float32)
+
+    eye = np.array([0, 0, 10], np.float32)
+    aims = np.array([[4, 1, 0], [8, 0, 0], [5.5, 0, 8], [30, 0, 0], [0, 0, 20]], np.float32)
+    xy, hit = first_hit(wall, eye, aims - eye, 9.0, -1.0)
+    assert hit.tolist() == [True, True, True, False, False]
+    np.testing.assert_allclose(xy[0], [4, 1], atol=0.01)
+    assert 4.9 < xy[1, 0] < 5.2  # the block hides the ground behind it
+    np.testing.assert_allclose(xy[2], [5.5, 0], atol=0.3)
+
+
+def test_the_mask_of_a_task_is_the_pixels_above_its_cells() -> None:
+    mapper = flat_map(cells=[(0, 0, 0), (0, 1, 0)])
+    mask = task_map(mapper, [[(0, 1, 0)], [(0, 0, 0)]], CAMERA, LOOKING_DOWN)
+    assert mask.shape == (20, 40)
+    assert (mask[:, :19] == 1).all() and (mask[:, 21:] == 0).all()
+    assert (task_map(mapper, [[(0, 1, 0)]], CAMERA, LOOKING_DOWN)[:, :19] == -1).all()
+    inner = task_map(mapper, [[(0, 1, 0)], [(0, 0, 0)]], CAMERA, LOOKING_DOWN, 0.12)
+    assert (inner[3:17, 23:36] == 0).all() and (inner[:, 18:22] == -1).all()
+    together = task_map(mapper, [[(0, 1, 0), (0, 0, 0)]], CAMERA, LOOKING_DOWN, 0.12)
+    assert (together[3:17, 3:36] == 0).all()
+
+
+def flat_map(cells: list[Cell]) -> streams.StreamMapper:
+    """Modules 10 m wide over flat ground at 0."""
+    config = ServeConfig()
+    mapper = streams.StreamMapper(config.map, config.field, config.adapt, threads=2)
+    mapper.origins[0] = np.zeros(3)
+    mapper.structures[0] = Structure(10.0)
+    pool = mapper._make_pool(10.0)
+    for cell in cells:
+        mapper.modules[cell] = pool.spawn(cell, -1.0, 3.0)
+        mapper.structures[0].rasters[cell] = np.zeros((RASTER, RASTER), np.float32)
+    return mapper
+
+
+def test_the_digest_sees_one_changed_number_and_close_keeps_it() -> None:
+    mapper = flat_map(cells=[(0, 0, 0)])
+    pool, module = mapper.pool, mapper.modules[0, 0, 0]
+    assert isinstance(pool, ModulePool) and isinstance(module, Module)
+    mapper.close(module)
+    before = streams.digest(pool, module.slot)
+    assert streams.digest(pool, module.slot) == before
+    pool.features[module.slot, 5] += np.float32(1e-3)
+    assert streams.digest(pool, module.slot) != before
+
+
+def test_one_network_moves_every_copy_of_its_mlp_by_the_summed_gradient() -> None:
+    random = np.random.default_rng(0)
+    threads = [random.normal(size=(4, 3)).astype(np.float32) for _ in range(2)]
+    rows = np.array([0, 2], np.int32)
+    untouched = threads[0][1].copy()
+    total = sum(g[rows].sum(0) for g in threads)
+    streams.tie(threads, rows)
+    for row in rows:
+        np.testing.assert_allclose(threads[0][row] + threads[1][row], total, rtol=1e-6)
+    np.testing.assert_array_equal(threads[0][1], untouched)
+
+
+def test_a_replay_buffer_holds_what_fits_evenly_from_all_past_tasks() -> None:
+    def part(k: int, n: int) -> streams.Targets:
+        full = np.full(n, k, np.int32)
+        return full, np.arange(n, dtype=np.int32), full
+
+    past = [part(0, 3000), part(1, 1000)]
+    assert streams.kept([], 10**9, 0) is None
+    everything = streams.kept(past, 10**9, 0)
+    assert everything is not None and len(everything[0]) == 4000
+    some = streams.kept(past, 400 * streams.TILE_BYTES, 0)
+    assert some is not None and len(some[0]) == 400
+    assert 0.65 < (some[0] == 0).mean() < 0.85
+
+
+def test_quadrature_of_a_constant_medium() -> None:
+    values = torch.tensor([0.2, 0.4, 0.6, 0.5]).expand(1, 8, 4)
+    shown = compose(values, torch.full((1, 8), 0.25))
+    expected = (1 - np.exp(-0.5 * 2.0)) * np.array([0.2, 0.4, 0.6])
+    np.testing.assert_allclose(shown[0].numpy(), expected, rtol=1e-5)
+
+
+def test_forgetting_and_the_gap_are_summed_up_over_views() -> None:
+    rows = [
+        {"capture": "a", "seed": 0, "method": m, "first_task": f, "own_task": o, "all_tasks": a}
+        for m, f, o, a in (
+            (
+                "one network",
+                {"x": [20.0, 18.0], "y": [22.0, 21.0]},
+                {"0/x": [20.0, 18.0], "1/x": [19.0]},
+                {"x": 19.0, "y": 21.0},
+            ),
+            ("one network, joint", {"x": [21.0], "y": [23.0]}, {}, {"x": 20.0, "y": 22.5}),
+        )
+    ]
+    found = table_continual.summarise(rows)["a"]["one network"]
+    assert found["first_when_closed"] == 21.0 and found["first_at_end"] == 19.5
+    assert found["forgetting"]["difference_db"] == -1.5
+    assert found["forgetting_every_task"] == measure.pair({"a": 18.0}, {"a": 20.0})
+    assert found["gap_to_joint"]["difference_db"] == -1.25
+    assert found["gap_to_joint_first_task"]["difference_db"] == -2.5
+
+
+def test_the_spread_of_weights() -> None:
+    even = table_weights.distribution(np.ones(100, np.float32))
+    assert even["effective_share"] == 1.0 and even["quantiles"]["99"] == 1.0
+    one = np.zeros(100, np.float32)
+    one[3] = 100
+    assert table_weights.distribution(one)["effective_share"] == pytest.approx(0.01)

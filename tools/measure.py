@@ -1,0 +1,109 @@
+"""What `tools/table_*.py` share: captures, results on disk, paired differences."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+
+import mclnf_edge
+from mclnf_edge.report import write_json
+from meta_trainer.evaluate import bootstrap
+
+ROOT = Path(__file__).resolve().parents[1]
+CAPTURES = ("brighton", "boruszyn", "ochota_a")
+RUNS: tuple[tuple[int, int | None], ...] = ((0, None), (1, 1), (2, 4))
+"""(seed, fold) of the runs of a table: the capture's own split, then every 8th frame from 1, 4."""
+
+Views = Mapping[str, float]
+"""A held-out view's name -> dB. Names are unique over captures and runs."""
+
+
+def arguments(description: str | None, out: str) -> argparse.Namespace:
+    """The command line that every table has: captures, data folder, number of runs, output."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    beside = ROOT.parent / "shared" / "data"
+    data = Path(os.environ.get("MCLNF_DATA", beside)) / "drone"
+    parser.add_argument("captures", nargs="*", default=list(CAPTURES))
+    parser.add_argument("--data", type=Path, default=data, help="folder of the captures")
+    parser.add_argument("--runs", type=int, default=len(RUNS), choices=range(1, len(RUNS) + 1))
+    parser.add_argument("--out", type=Path, default=ROOT / "tools" / "results" / out)
+    return parser.parse_args()
+
+
+def open_results(path: Path, protocol: dict[str, Any]) -> dict[str, Any]:
+    """The rows measured so far with this protocol; none when the protocol is another."""
+    wanted = json.loads(json.dumps(protocol))
+    if path.exists():
+        kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if kept["protocol"] == wanted:
+            return kept
+    return {"protocol": wanted, "rows": []}
+
+
+def find(results: dict[str, Any], **key: Any) -> dict[str, Any] | None:
+    """The row with these values, None when it was not measured yet."""
+    for row in results["rows"]:
+        if all(row[name] == value for name, value in key.items()):
+            found: dict[str, Any] = row
+            return found
+    return None
+
+
+def save(path: Path, results: dict[str, Any]) -> None:
+    """Write the results with what they were measured on."""
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        named = [line.split(":")[1].strip() for line in file if "model name" in line]
+    results["machine"] = {
+        "cpu": named[0] if named else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load": [round(v, 2) for v in os.getloadavg()],
+        "mclnf_edge": mclnf_edge.__version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "numba": numba.__version__,
+    }
+    write_json(path, results)
+
+
+def pair(a: Views, b: Views) -> dict[str, Any]:
+    """Mean over common views of a - b in dB, its bootstrap 95 % interval, and what that says."""
+    gaps = [a[view] - b[view] for view in sorted(set(a) & set(b))]
+    low, high = bootstrap(gaps)
+    return {
+        "difference_db": round(float(np.mean(gaps)), 3) if gaps else None,
+        "interval": None if math.isnan(low) else [round(low, 3), round(high, 3)],
+        "views": len(gaps),
+        "verdict": verdict(gaps, low, high),
+    }
+
+
+def verdict(gaps: list[float], low: float, high: float) -> str:
+    """The difference in words; an interval that includes 0 is no measurable difference."""
+    if math.isnan(low):
+        return f"{len(gaps)} view{'s' * (len(gaps) != 1)}: no interval"
+    if low <= 0 <= high:
+        return "no measurable difference"
+    return f"{np.mean(gaps):+.2f} dB"
+
+
+def words(found: dict[str, Any] | None) -> str:
+    """What `pair` found, for a table's cell: the difference and its interval."""
+    if found is None or found["difference_db"] is None:
+        return ""
+    shown = f"{found['difference_db']:+.2f}"
+    if found["interval"] is None:
+        return f"{shown} ({found['verdict']})"
+    low, high = found["interval"]
+    inside = ": no measurable difference" if low <= 0 <= high else ""
+    return f"{shown} [{low:+.2f}, {high:+.2f}]{inside}"
