@@ -28,7 +28,8 @@ _SWEEP_VIEWS = 16
 _PAINT_VIEWS = 16
 _NEAR_HEIGHTS = 2.5  # ground nearer than this many flying heights belongs to inner cells
 _FAR_HEIGHTS = 40.0  # beyond this there is no telling ground from sky
-_MIN_TILES = 12  # tiles over all frames before a cell is worth a module
+_WORTH_FRAMES = 0.5  # whole frames' worth of tiles before a cell gets a module of its own
+_FEW_FRAMES = 8  # of fewer frames a cell needs less
 _ASSUMED_HEIGHT_M = 50.0  # when neither parallax nor the publisher tells
 _TRAINED_RAYS = 4096
 _SOLID, _EMPTY = 1.0, 0.015  # starting densities per unit in and above the ground
@@ -111,9 +112,10 @@ class Structure:
     def assign(self, frames: list[HeldFrame], frozen: set[Cell]) -> set[Cell]:
         """Give every tile of every frame to one cell; returns all cells worth a module.
 
-        Cells in `frozen` always keep their tiles. A tile whose inner cell is seen too little
-        falls to the outer one.
+        Cells in `frozen` always keep their tiles. A tile whose inner cell is seen too little falls
+        to the outer one: a sliver of a cell has a poor surface, and stands before its neighbours.
         """
+        least = _WORTH_FRAMES * frames[0].tile_count * min(1.0, len(frames) / _FEW_FRAMES)
         near_of, far_of = {}, {}
         near_count: dict[Cell, int] = defaultdict(int)
         far_count: dict[Cell, int] = defaultdict(int)
@@ -124,7 +126,7 @@ class Structure:
             far_of[frame.id] = _cells(2 * self.site + 1, xy, ok, self.cell_m * FAR)
             for cell, tiles in near_of[frame.id].items():
                 near_count[cell] += len(tiles)
-        worth = {c for c, n in near_count.items() if n >= _MIN_TILES} | {
+        worth = {c for c, n in near_count.items() if n >= least} | {
             c for c in frozen if c[0] == 2 * self.site
         }
         for frame in frames:
@@ -135,7 +137,7 @@ class Structure:
                 if len(left):
                     frame.tiles[cell] = left.astype(np.int32)
                     far_count[cell] += len(left)
-        worth |= {c for c, n in far_count.items() if n >= _MIN_TILES or c in frozen}
+        worth |= {c for c, n in far_count.items() if n >= least or c in frozen}
         for frame in frames:
             frame.tiles = {c: t for c, t in frame.tiles.items() if c in worth}
         return worth

@@ -85,12 +85,18 @@ def learn(m: Mapper, most: int = 1000) -> int:
     return most
 
 
-def render(m: Mapper, view: View) -> Render:
-    """A view of the map at exposure 0."""
-    return Renderer().render(m.pool, m.origins.get(0), view, np.zeros(3, np.float32))
+def render(m: Mapper, view: View, site: int = 0) -> Render:
+    """A view of a site at exposure 0."""
+    origin = m.origins.get(site)
+    return Renderer().render(m.pool, origin, view, np.zeros(3, np.float32), site=site)
 
 
 def score(m: Mapper, over: Flight) -> float:
     """Mean PSNR in dB of the views that were kept back, unknown pixels grey."""
+    return score_at(m, over, 0)
+
+
+def score_at(m: Mapper, over: Flight, site: int) -> float:
+    """The same for the views of one site."""
     pairs = zip(over.views, over.truth, strict=True)
-    return float(np.mean([psnr(render(m, view).rgb, true) for view, true in pairs]))
+    return float(np.mean([psnr(render(m, view, site).rgb, true) for view, true in pairs]))
