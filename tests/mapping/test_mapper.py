@@ -212,7 +212,8 @@ def test_a_restart_changes_no_bit(flight: Flight, tmp_path: Path) -> None:
     assert not again.settle(), "nothing new came in"
     for _ in range(5):
         before, after = m.step(), again.step()
-        assert before == after
+        assert before is not None and after is not None
+        assert before.psnr == after.psnr and np.array_equal(before.weights, after.weights)
     assert m.pool is not None and again.pool is not None
     assert list(m.modules) == list(again.modules)
     for cell, module in m.modules.items():
