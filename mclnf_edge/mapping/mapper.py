@@ -400,15 +400,19 @@ class Mapper:
 
     # -- adaptation -----------------------------------------------------------------------------
 
+    def _owned(self, module: Module) -> int:
+        """Tiles a module learns from: those of held frames, and of frames it has let go."""
+        return self._tiles.get(module.cell, 0) + module.gone
+
     def _budget(self, module: Module) -> float:
         """Rays a module is adapted with: `passes` over the pixels it owns."""
-        return max(self.adapt.passes * self._tiles.get(module.cell, 0) * TILE * TILE, 1.0)
+        return max(self.adapt.passes * self._owned(module) * TILE * TILE, 1.0)
 
     def _progress(self, module: Module) -> float:
         """Share of a module's budget that is spent: of its rays or its seconds, what ends first."""
-        if not self._tiles.get(module.cell):
+        if not self._owned(module):
             return 1.0
-        frames = self._tiles.get(module.cell, 0) / max(self._tiles_per_frame, 1.0)
+        frames = self._owned(module) / max(self._tiles_per_frame, 1.0)
         seconds = max(self.adapt.budget_s_per_frame * frames, 1e-3)
         return min(max(module.rays / self._budget(module), module.seconds / seconds), 1.0)
 
@@ -708,7 +712,7 @@ class Mapper:
                 return Closing(None, let_go)
             probes = _mixed(before.arrays["probes"], probes)
             parent = {"parent": before.version}
-        module.tiles = self._tiles.get(module.cell, 0)
+        module.tiles = self._owned(module)
         meta = {**self.describe(module), "gains": self._exposures_of(module), **parent}
         meta |= {"frame_ids": sorted(module.frames), "tiles": module.tiles}
         snapshot = self.pool.snapshot(module, meta)
@@ -743,6 +747,7 @@ class Mapper:
         parent = self._recalled(module, module.version)
         module.version, module.state = module.version + 1, "open"
         module.steps, module.rays, module.seconds, module.asked = 0, 0, 0.0, False
+        module.gone = 0
         module.tasks.clear()
         self.pool.thaw(module)
         information = unpack_information(parent.arrays["information"])
@@ -844,7 +849,12 @@ class Mapper:
     def forget(self, frame_ids: dict[int, int]) -> None:
         """Let frames go after their module was committed."""
         for frame_id in frame_ids:
-            self.frames.pop(frame_id, None)
+            frame = self.frames.pop(frame_id, None)
+            for cell, tiles in frame.tiles.items() if frame else ():
+                module = self.modules.get(cell)
+                if module is not None and module.row >= 0:
+                    self._tiles[cell] -= len(tiles)
+                    module.gone += len(tiles)
         self._targets = None
 
     def unused(self) -> dict[int, int]:
@@ -931,7 +941,7 @@ class Mapper:
                 {"cell": list(m.cell), "version": m.version, "steps": m.steps, "rays": m.rays,
                  "seeded_with": m.seeded_with, "frames": sorted(m.frames), "psnr": m.psnr,
                  "asked": m.asked, "seconds": m.seconds, "tasks": sorted(m.tasks),
-                 "tiles": self._tiles[m.cell]}
+                 "tiles": self._tiles[m.cell], "gone": m.gone}
             )  # fmt: skip
             for name in ("features", "weights", "density", "surface", "seen", "band"):
                 arrays[f"{m.id}/{name}"] = getattr(self.pool, name)[m.slot].copy()
@@ -987,7 +997,7 @@ class Mapper:
                 getattr(pool, name)[m.row] = arrays[f"{m.id}/{name}"]
             pool.guarded[m.row] = item["version"] > 1
             pool.refresh_transposed(np.array([m.row]))
-            self._tiles[cell], m.tasks = item["tiles"], set(item["tasks"])
+            self._tiles[cell], m.gone, m.tasks = item["tiles"], item["gone"], set(item["tasks"])
             m.version, m.steps, m.rays = item["version"], item["steps"], item["rays"]
             m.seeded_with, m.psnr = item["seeded_with"], item["psnr"]
             m.asked, m.seconds = bool(item["asked"]), float(item["seconds"])

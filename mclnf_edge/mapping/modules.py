@@ -47,7 +47,8 @@ class Module:
     """What the mapper knows of one module besides its arrays.
 
     `frames` are the ids it learned from, `tiles` how many of their tiles it was closed with,
-    `tasks` what those frames' tasks are called.
+    `gone` how many of them belong to frames that were let go while it learned, `tasks` what those
+    frames' tasks are called.
     """
 
     cell: Cell
@@ -66,6 +67,7 @@ class Module:
     digest: str = ""
     tasks: set[str] = field(default_factory=set)
     tiles: int = 0
+    gone: int = 0
 
     @property
     def id(self) -> str:
