@@ -1,11 +1,12 @@
 """What was never seen is said to be unknown: `python tools/bench_unknown.py [--capture ...]`.
 
 One block of a capture is withheld: every train frame whose picture's middle half shows any of one
-cell, the cell for which they are nearest to a quarter of all. A map is made of the others. The withheld
-frames' poses are then rendered. A pixel's surface point comes from the capture's own depth (exact
-on generated flights) or from a map of all frames; it counts as seen by a frame when it lies inside that frame's picture and no nearer surface hides
-it, 3 % of the distance allowed. Reported: the share flagged unknown of the pixels that no remaining
-frame has seen (aim: at least 95 %), and of those seen by three or more (aim: at most 5 %).
+cell, the cell for which they are nearest to a quarter of all. A map is made of the others. The
+withheld frames' poses are then rendered. A pixel's surface point comes from the capture's own depth
+(exact on generated flights) or from a map of all frames; it counts as seen by a frame when it lies
+inside that frame's picture and no nearer surface hides it, 3 % of the distance allowed. Reported:
+the share flagged unknown of the pixels that no remaining frame has seen (aim: at least 95 %), and
+of those seen by three or more (aim: at most 5 %).
 """
 
 from __future__ import annotations
