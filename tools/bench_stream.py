@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 import mclnf_edge
-from mclnf_edge.captures import Capture, open_capture
+from mclnf_edge.captures import open_capture
 from mclnf_edge.client import Client
 from mclnf_edge.evaluate import evaluate
 from mclnf_edge.report import write_json
@@ -40,31 +40,10 @@ PEERS = {
 """OpenSplat on two CPU cores, dB at CPU seconds: the strongest CPU peer that was measured."""
 
 
-def split_of(capture: Capture, fold: int | None) -> tuple[list[Any], list[Any]]:
-    """(frames to send, frames held out): the capture's split, or every 8th frame from `fold` on."""
-    if fold is None:
-        return list(capture.split("train").frames), list(capture.split("test").frames)
-    frames = list(capture.frames)
-    held = [f for i, f in enumerate(frames) if i % 8 == fold]
-    return [f for i, f in enumerate(frames) if i % 8 != fold], held
-
-
-class Held:
-    """The held-out frames of a fold in the shape `evaluate` reads."""
-
-    def __init__(self, capture: Capture, frames: list[Any]) -> None:
-        self.name, self.world, self.frames = capture.name, capture.world, frames
-
-    def split(self, split: str) -> Held:
-        """Itself: only held-out frames are here."""
-        return self
-
-
 def run(path: Path, marks: list[float], fold: int | None, seed: int) -> dict[str, Any]:
     """One capture through one daemon; a row per mark."""
-    capture = open_capture(path)
-    train, test = split_of(capture, fold)
-    held = Held(capture, test)
+    capture = open_capture(path).fold(fold)
+    train, test = capture.split("train").frames, capture.split("test").frames
     seconds = 1.5 * marks[-1] / len(train)
     with tempfile.TemporaryDirectory() as scratch:
         config = Path(scratch) / "bench.yaml"
@@ -92,7 +71,7 @@ def run(path: Path, marks: list[float], fold: int | None, seed: int) -> dict[str
                     if used >= mark:
                         break
                     time.sleep(0.2)
-                figures = evaluate(held, client.render, "test")  # type: ignore[arg-type]
+                figures = evaluate(capture, client.render, "test")
                 after = client.status()
                 spent = after["render_cpu_s"] - status["render_cpu_s"]
                 row = {"mark_s": mark, "cpu_s": used, "steps": status["steps"]}

@@ -211,7 +211,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
         rows = [r["weights"]["quantiles"] for r in results["rows"] if r["setting"] == name]
         if rows:
             middle = [np.mean([r[str(q)] for r in rows]) for q in QUANTILES]
-            spread.plot(QUANTILES, middle, "o-", label=name, ms=3, color=f"C{i}")
+            spread.plot(QUANTILES, middle, marker="o", label=name, ms=3, color=f"C{i % 10}",
+                        ls="-" if i < 10 else "--")  # fmt: skip
     spread.set(xlabel="percentile of rays", ylabel="weight", yscale="log", title="weights")
     spread.legend(fontsize=7)
     spread.grid(alpha=0.3)
