@@ -39,6 +39,7 @@ from mclnf_edge.mapping.structure import Structure, auto_cell
 from mclnf_edge.types import Frame, ModuleSnapshot
 
 F32 = npt.NDArray[np.float32]
+Tiles = dict[Cell, npt.NDArray[np.int32]]
 log = logging.getLogger(__name__)
 
 _COARSE_STEPS = 48
@@ -119,7 +120,7 @@ class Mapper:
         self._targets: dict[int, tuple[npt.NDArray[np.int32], ...]] | None = None
         self._task_of: dict[str, str] = {}
         self._ended: set[str] = set()
-        self._returning: dict[int, dict[Cell, npt.NDArray[np.int32]]] = {}
+        self._returning: dict[int, tuple[Tiles, Tiles]] = {}
 
     # -- frames ---------------------------------------------------------------------------------
 
@@ -144,8 +145,9 @@ class Mapper:
             structure.add_frame(held, recent, frame.height_m)
             held.gain = self._guess_gain(held)
         else:
-            held.rays, held.gain = int(kept[0]), np.array(kept[1:], np.float32)
-            held.tiles = self._returning.pop(frame_id, {})
+            held.rays, held.anchored = int(kept[0]), bool(kept[1])
+            held.gain = np.array(kept[2:], np.float32)
+            held.tiles, held.border = self._returning.pop(frame_id, ({}, {}))
         self.frames[frame_id] = held
         self._begin_task(stream, held.task)
         if held.tiles and self.pool is not None:
@@ -431,11 +433,15 @@ class Mapper:
         return min(done / sum(weights), 1.0)
 
     def _ray_targets(self) -> dict[int, tuple[npt.NDArray[np.int32], ...]]:
-        """Site -> (frame index, tile, row) of the tiles that its unfinished modules draw from."""
+        """Site -> (frame index, tile, row) of the tiles that its unfinished modules draw from.
+
+        Besides its own, a module draws the tiles of closed neighbours in its margin, where both
+        answer: without them its half of the seam would drift and spoil what was closed.
+        """
         if self._targets is None:
             parts: dict[int, list[npt.NDArray[np.int32]]] = {}
             for i, frame in enumerate(self.frames.values()):
-                for cell, tiles in frame.tiles.items():
+                for cell, tiles in (*frame.tiles.items(), *self._seams(frame)):
                     module = self.modules.get(cell)
                     if module is not None and self._draws(module, frame):
                         parts.setdefault(frame.site, []).append(
@@ -447,6 +453,17 @@ class Mapper:
                 site: tuple(np.concatenate(found, axis=1)) for site, found in parts.items()
             }
         return self._targets
+
+    def _seams(self, frame: HeldFrame) -> list[tuple[Cell, npt.NDArray[np.int32]]]:
+        """The tiles of closed cells that lie in the margin of each other cell."""
+        closed = [t for c, t in frame.tiles.items() if c in self.modules and self._frozen(c)]
+        if not closed:
+            return []
+        tiles = np.concatenate(closed)
+        return [(c, np.intersect1d(t, tiles)) for c, t in frame.border.items()]
+
+    def _frozen(self, cell: Cell) -> bool:
+        return self.modules[cell].row < 0
 
     def step(self) -> StepReport | None:
         """One optimization step over every open module, None when there is nothing to learn.
@@ -624,13 +641,18 @@ class Mapper:
     def _update_gains(
         self, frames: list[HeldFrame], which: npt.NDArray[np.int32], residual: F32, shown: F32
     ) -> None:
-        """A damped Gauss-Newton step on each frame's log gain, pulled weakly towards zero."""
+        """A damped Gauss-Newton step on each frame's log gain, pulled weakly towards zero.
+
+        Frames that a closed module learned from keep theirs, so that what is closed stays bright.
+        """
         slope = np.zeros((len(frames), 3))
         curve = np.zeros((len(frames), 3))
         np.add.at(slope, which, residual * shown)
         np.add.at(curve, which, shown * shown)
         change = slope / (curve + 50.0)
         for i in np.unique(which):
+            if frames[i].anchored:
+                continue
             frames[i].gain -= (_GAIN_RATE * 4 * change[i] + 1e-5 * frames[i].gain).astype(
                 np.float32
             )
@@ -702,6 +724,8 @@ class Mapper:
         let_go = {}
         for frame_id in sorted(module.frames):
             frame = self.frames.get(frame_id)
+            if frame is not None:
+                frame.anchored = True
             if frame is not None and not self._needed(frame):
                 let_go[frame_id] = frame.rays
         log.info("task %s closed: %d steps, %d frames let go", module.id, module.steps, len(let_go))
@@ -948,9 +972,10 @@ class Mapper:
             for name in ("fisher", "moment", "square", "output_fisher", "adam_steps"):
                 arrays[f"{m.id}/{name}"] = np.asarray(getattr(self.pool, name)[m.row]).copy()
         for f in self.frames.values():
-            meta["frames"][str(f.id)] = [f.rays, *(float(v) for v in f.gain)]
+            meta["frames"][str(f.id)] = [f.rays, f.anchored, *(float(v) for v in f.gain)]
             if f.tiles:
                 arrays[f"tiles/{f.id}"] = _rows_of(f.tiles)
+                arrays[f"border/{f.id}"] = _rows_of(f.border)
         meta["gains"] = {
             s: [[t, *(float(v) for v in g)] for t, g in known.items()]
             for s, known in self.gains.items()
@@ -973,7 +998,8 @@ class Mapper:
                 cell = _cell(name[7:].split("/"))
                 self.structures[cell[0] // 2].rasters[cell] = array
             elif name.startswith("tiles/"):
-                self._returning[int(name[6:])] = _by_cell(array)
+                frame_id = int(name[6:])
+                self._returning[frame_id] = _by_cell(array), _by_cell(arrays[f"border/{frame_id}"])
         self._task_of, self._ended = dict(meta["task_of"]), set(meta["ended"])
         self._plane_scale = arrays.get("plane_scale")
         self._dirty, self._tiles_per_frame = meta["dirty"], meta["tiles_per_frame"]
@@ -1014,7 +1040,7 @@ def _cell(parts: list[Any]) -> Cell:
 def _rows_of(tiles: dict[Cell, npt.NDArray[np.int32]]) -> npt.NDArray[np.int32]:
     """(n, 4) rows (level, ix, iy, tile) of a frame's tiles by cell."""
     parts = [np.column_stack([np.tile(cell, (len(t), 1)), t]) for cell, t in tiles.items()]
-    return np.concatenate(parts).astype(np.int32)
+    return np.concatenate([np.zeros((0, 4)), *parts]).astype(np.int32)
 
 
 def _by_cell(rows: npt.NDArray[np.int32]) -> dict[Cell, npt.NDArray[np.int32]]:

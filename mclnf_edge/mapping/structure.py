@@ -124,6 +124,7 @@ class Structure:
             close = ok & (np.linalg.norm(xy - frame.eye[:2], axis=1) < _NEAR_HEIGHTS * flying)
             near_of[frame.id] = _cells(2 * self.site, xy, close, self.cell_m)
             far_of[frame.id] = _cells(2 * self.site + 1, xy, ok, self.cell_m * FAR)
+            frame.border = _borders(2 * self.site, xy, close, self.cell_m)
             for cell, tiles in near_of[frame.id].items():
                 near_count[cell] += len(tiles)
         worth = {c for c, n in near_count.items() if n >= least} | {
@@ -301,6 +302,23 @@ def _cells(
     for ix, iy in np.unique(index, axis=0):
         here = (index[:, 0] == ix) & (index[:, 1] == iy)
         out[(level, int(ix), int(iy))] = tiles[here]
+    return out
+
+
+def _borders(
+    level: int, xy: F32, ok: npt.NDArray[np.bool_], edge: float
+) -> dict[Cell, npt.NDArray[np.int32]]:
+    """The tiles that lie in another cell, but in the margin where this one answers too."""
+    out: dict[Cell, npt.NDArray[np.int32]] = {}
+    inside = np.floor(xy / edge)
+    for dx, dy in ((-1, 0), (1, 0), (0, -1), (0, 1)):
+        reached = np.floor(xy / edge + MARGIN * np.array([dx, dy], np.float32))
+        crossed = ok & (reached != inside).any(1)
+        for ix, iy in np.unique(reached[crossed].astype(np.int64), axis=0):
+            here = crossed & (reached[:, 0] == ix) & (reached[:, 1] == iy)
+            cell = (level, int(ix), int(iy))
+            tiles = np.flatnonzero(here).astype(np.int32)
+            out[cell] = np.concatenate([out[cell], tiles]) if cell in out else tiles
     return out
 
 
