@@ -1,0 +1,175 @@
+"""The daemon as a process: map a small flight, restart, kill, send it nonsense."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mclnf_edge.errors import MclnfError, RemoteError
+from mclnf_edge.maths.metrics import psnr
+from mclnf_edge.store import MapStore, map_check
+from mclnf_edge.types import Frame
+from tests.daemon.conftest import Daemon
+from tests.mapping.flights import Flight
+
+
+def send(daemon: Daemon, frames: list[Frame], session: str = "flight") -> dict[str, int]:
+    with daemon.client(session) as client:
+        return dict(client.publish(frames))
+
+
+def drained(daemon: Daemon) -> Any:
+    with daemon.client() as client:
+        return list(client.drain())[-1]
+
+
+def held_out_psnr(daemon: Daemon, flight: Flight) -> float:
+    with daemon.client() as client:
+        shown = [client.render(view).rgb for view in flight.views]
+    return float(np.mean([psnr(a, b) for a, b in zip(shown, flight.truth, strict=True)]))
+
+
+def command(*words: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "mclnf_edge.cli", *words], capture_output=True, text=True, timeout=60
+    )
+    return done.returncode, done.stdout
+
+
+def test_a_flight_is_mapped_closed_and_served_again(daemon: Daemon, flight: Flight) -> None:
+    counts = send(daemon, flight.frames)
+    assert counts["accepted"] == len(flight.frames)
+    last = drained(daemon)
+    assert last.done and last.modules_open == 0 and last.modules_closed >= 2
+    score = held_out_psnr(daemon, flight)
+    assert score > flight.mean_psnr() + 6
+    with daemon.client() as client:
+        status = client.status()
+    assert {"modules", "streams", "device", "engine", "memory_mb", "uptime_s"} <= status.keys()
+    for module in status["modules"]:
+        keys = {"id", "version", "state", "steps", "frames", "bounds", "digest", "psnr"}
+        assert keys <= module.keys() and module["state"] == "closed" and module["digest"]
+    stream = status["streams"][0]
+    assert (stream["accepted"], stream["last_seq"]) == (len(flight.frames), 7)
+    assert daemon.stop() == 0
+
+    pictures = [f.image[20:120] for f in flight.frames]
+    for file in daemon.map.rglob("*"):
+        if file.is_file():
+            data = file.read_bytes()
+            assert not any(p in data for p in pictures), f"{file} holds a picture of a closed task"
+    code, out = command("map", "check", str(daemon.map), "--json")
+    assert code == 0, out
+    code, out = command("map", "info", str(daemon.map), "--json")
+    told = {m["id"]: m["digest"] for m in json.loads(out)["modules"]}
+    assert told == {m["id"]: m["digest"] for m in status["modules"]}
+
+    daemon.start()
+    assert held_out_psnr(daemon, flight) == pytest.approx(score, abs=0.01)
+
+
+def test_resends_are_duplicates_and_a_new_session_is_not(daemon: Daemon, flight: Flight) -> None:
+    first = flight.frames[:3]
+    assert send(daemon, first, "one")["accepted"] == 3
+    assert send(daemon, first, "one")["duplicate"] == 3
+    assert send(daemon, first[::-1], "two")["accepted"] == 3, "another session, out of order"
+    hover = [replace(first[0], seq=20 + i) for i in range(3)]
+    counts = send(daemon, hover, "three")
+    assert counts["accepted"] == 1 and counts["redundant"] == 2
+
+
+def test_bad_frames_are_refused_by_name_and_the_rest_goes_on(
+    daemon: Daemon, flight: Flight
+) -> None:
+    good = flight.frames[0]
+    nan, sheared = good.T_world_camera.copy(), good.T_world_camera.copy()
+    nan[0, 3], sheared[0, 0] = np.nan, 3.0
+    bad = {
+        "pose": replace(good, seq=1, T_world_camera=nan),
+        "rotation": replace(good, seq=2, T_world_camera=sheared),
+        "fx": replace(good, seq=3, camera=replace(good.camera, fx=1e-2)),
+        "decode": replace(good, seq=4, image=b"not a picture at all"),
+        "size": replace(good, seq=5, camera=replace(good.camera, width=64)),
+        "cut": replace(good, seq=6, image=good.image[: len(good.image) // 2]),
+    }
+    reasons: list[str] = []
+    with daemon.client("bad") as client:
+        for frame in bad.values():
+            try:
+                counts = client.publish([frame], on_ack=lambda a: reasons.append(a.reason))
+                assert counts["accepted"] == 0
+            except MclnfError as error:  # what is no frame at all is an error of its own
+                reasons.append(str(error))
+        assert len(reasons) == len(bad) and all(reasons)
+        assert client.publish([replace(flight.frames[1], seq=30)])["accepted"] == 1
+        assert client.status()["streams"][0]["last_seq"] == 30
+
+
+def test_a_map_of_another_kind_is_refused(daemon: Daemon, flight: Flight, tmp_path: Path) -> None:
+    send(daemon, flight.frames[:2])
+    assert daemon.stop() == 0
+    other = tmp_path / "other.yaml"
+    other.write_text("map: {cell_size_m: 31.0}\nfield: {plane_texels: 64}\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "mclnf_edge.cli", "serve", "--map", str(daemon.map)]
+        + ["--bind", "tcp://127.0.0.1:0", "--config", str(other)],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode != 0 and "expected" in done.stderr
+    assert map_check(daemon.map) == []
+
+
+def test_twenty_kills_lose_no_acknowledged_frame(daemon: Daemon, flight: Flight) -> None:
+    """SIGKILL at random moments of publishing and adapting."""
+    choose = random.Random(4)
+    acknowledged: set[int] = set()
+    digests: dict[tuple[str, int], str] = {}
+    for turn in range(20):
+        frame = flight.frames[turn % len(flight.frames)]
+        with daemon.client("drone") as client:
+            moved = frame.T_world_camera.copy()
+            moved[0, 3] += 0.3 * turn
+            put = replace(frame, seq=turn, T_world_camera=moved)
+            assert client.publish([put])["accepted"] == 1
+            acknowledged.add(turn)
+        time.sleep(choose.uniform(0, 0.4))
+        daemon.kill()
+        with MapStore.open(daemon.map, create=False, read_only=True) as store:
+            stream = store.streams()[0]
+            assert stream["accepted"] == len(acknowledged) and stream["duplicate"] == 0
+            now = {(m.id, m.version): m.digest for m in store.modules()}
+        assert digests.items() <= now.items(), "a closed version changed"
+        digests = now
+        daemon.start()
+    assert drained(daemon).done
+    assert map_check(daemon.map) == []
+    with daemon.client("drone") as client:
+        assert client.publish([replace(flight.frames[0], seq=3)])["duplicate"] == 1
+
+
+def test_a_late_render_is_told_that_it_is_stale(daemon: Daemon, flight: Flight) -> None:
+    send(daemon, flight.frames)
+    with daemon.client() as client:
+        with pytest.raises(RemoteError) as told:
+            for _ in range(200):  # one of them comes while a module is seeded
+                client.render(flight.views[0], deadline_ms=1)
+        assert told.value.code == "stale"
+        assert client.render(flight.views[0]).rgb.shape == flight.truth[0].shape
+
+
+def test_two_streams_at_once(daemon: Daemon, flight: Flight) -> None:
+    with daemon.client("a") as one, daemon.client("b") as two:
+        for a, b in zip(flight.frames[::2], flight.frames[1::2], strict=True):
+            assert one.publish([a])["accepted"] and two.publish([b])["accepted"]
+    assert drained(daemon).done
+    with daemon.client() as client:
+        assert sorted(s["accepted"] for s in client.status()["streams"]) == [4, 4]
