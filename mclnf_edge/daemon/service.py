@@ -76,6 +76,17 @@ class _Stream:
     last_pose: Matrix4 | None = None
 
 
+@dataclass(frozen=True)
+class _Put:
+    """A frame on its way into the ledger; `before` is the pose its stream had then."""
+
+    peer: bytes
+    message: PutFrame
+    row: FrameRow
+    stream: _Stream
+    before: Matrix4 | None
+
+
 @dataclass
 class _Drainer:
     peer: bytes
@@ -165,7 +176,7 @@ class _Service:
     # -- one round ------------------------------------------------------------------------------
 
     def _turn(self, batch: list[Incoming]) -> None:
-        puts: list[tuple[bytes, PutFrame, FrameRow]] = []
+        puts: list[_Put] = []
         acks: dict[bytes, list[Ack]] = defaultdict(list)
         for incoming in batch:
             try:
@@ -193,7 +204,7 @@ class _Service:
         self,
         incoming: Incoming,
         put: PutFrame,
-        puts: list[tuple[bytes, PutFrame, FrameRow]],
+        puts: list[_Put],
         acks: dict[bytes, list[Ack]],
     ) -> None:
         """Check a frame; queue it for the commit, or answer at once when it may not be used."""
@@ -211,32 +222,29 @@ class _Service:
             acks[incoming.peer].append(answer(put, "rejected", error.code, str(error)))
             log.warning("frame %s/%s #%d rejected: %s", *put.identity, error)
             return
-        payload = None
+        payload, before = None, stream.last_pose
         if not self._hovers(stream, pose):
+            stream.last_pose = pose
             kept = replace(put, frame=replace(frame, T_world_camera=pose))
             payload = pack_frame(stream.site, encode(kept))
         row = FrameRow(put.session, put.stream, frame.seq, frame.timestamp, payload)
-        puts.append((incoming.peer, put, row))
+        puts.append(_Put(incoming.peer, put, row, stream, before))
 
     def _hovers(self, stream: _Stream, pose: Matrix4) -> bool:
-        """Whether a picture adds no parallax to the stream's last; remembers the pose if not."""
+        """Whether a picture adds no parallax to the last one that was taken."""
         last = stream.last_pose
-        if last is not None:
-            moved = float(np.linalg.norm(pose[:3, 3] - last[:3, 3]))
-            turned = float(np.dot(pose[:3, 2], last[:3, 2]))
-            if moved < self.worker.hover_m and turned > np.cos(np.radians(1.0)):
-                return True
-        stream.last_pose = pose
-        return False
+        if last is None:
+            return False
+        moved = float(np.linalg.norm(pose[:3, 3] - last[:3, 3]))
+        turned = float(np.dot(pose[:3, 2], last[:3, 2]))
+        return moved < self.worker.hover_m and turned > float(np.cos(np.radians(1.0)))
 
-    def _commit(
-        self, puts: list[tuple[bytes, PutFrame, FrameRow]], acks: dict[bytes, list[Ack]]
-    ) -> None:
+    def _commit(self, puts: list[_Put], acks: dict[bytes, list[Ack]]) -> None:
         """One transaction for all frames of the round; they are answered after it is durable."""
         try:
             if self._full:
                 self.store.reopen()
-            statuses = self.store.put_frames([row for _, _, row in puts], self._rejected)
+            statuses = self.store.put_frames([put.row for put in puts], self._rejected)
             if self._full:
                 log.info("disk: room again")
             self._full = False
@@ -245,11 +253,14 @@ class _Service:
             if not self._full:
                 log.error("disk: %s; publishers are told busy", error)
             self._full = True
-            for peer, put, _ in puts:
-                acks[peer].append(answer(put, "busy", error.code, str(error), _BUSY_MS))
+            for put in reversed(puts):
+                put.stream.last_pose = put.before  # sent again, it must not look like hovering
+            for put in puts:
+                busy = answer(put.message, "busy", error.code, str(error), _BUSY_MS)
+                acks[put.peer].append(busy)
             return
-        for (peer, put, _), status in zip(puts, statuses, strict=True):
-            acks[peer].append(answer(put, status))
+        for put, status in zip(puts, statuses, strict=True):
+            acks[put.peer].append(answer(put.message, status))
         self._commits += 1
         self._frames += len(puts)
         if "accepted" in statuses:
@@ -301,6 +312,8 @@ class _Service:
         self.store.put_stream(
             hello.session, hello.stream, {**asdict(hello), "world": asdict(world)}
         )
+        for key in [k for k in self._streams if k[1:] == (hello.session, hello.stream)]:
+            del self._streams[key]  # the same stream on a new connection
         self._streams[(peer, hello.session, hello.stream)] = _Stream(hello.axes, site, transform)
         last = [
             s

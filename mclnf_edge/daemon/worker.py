@@ -261,7 +261,7 @@ class Worker(threading.Thread):
                 site, put = unpack_frame(held.payload)
                 stream, kept = f"{held.session}/{held.stream}", self._kept.pop(str(held.id), None)
                 self.mapper.add(held.id, stream, put.frame, site=site, kept=kept)
-            except MclnfError as error:
+            except Exception as error:  # a frame that cannot be used must not end the daemon
                 log.warning(
                     "frame %d (%s/%s #%d) let go: %s",
                     held.id,
@@ -270,6 +270,8 @@ class Worker(threading.Thread):
                     held.seq,
                     error,
                 )
+                if not isinstance(error, MclnfError):
+                    log.exception("frame %d", held.id)
                 self.rejected.append((held.session, held.stream, held.seq, str(error)))
                 self.store.let_go({held.id: 0})
             self._serve_renders()
@@ -349,6 +351,11 @@ class Worker(threading.Thread):
                 self._send(
                     job.peer, ErrorReply(id=job.request.id, code=error.code, message=str(error))
                 )
+            except Exception as error:  # one request must not end the daemon for everyone
+                log.exception("render %d failed", job.request.id)
+                told = f"the daemon could not render this view: {error}"
+                self._send(job.peer, ErrorReply(id=job.request.id, code="internal", message=told))
+            self.beat = time.monotonic()
             self.render_cpu_s += time.process_time() - before
             self.renders += 1
 
@@ -454,9 +461,9 @@ def _sized(request: RenderRequest) -> View:
         width = request.width or max(round(camera.width * request.height / camera.height), 1)
         height = request.height or max(round(camera.height * request.width / camera.width), 1)
         camera = camera.scaled(width, height)
-    if camera.width * camera.height > 16_000_000:
+    if camera.width * camera.height > 4_000_000:  # tens of seconds; a hang is taken for 60
         raise ProtocolError(
-            f"render: expected at most 16 megapixels, received {camera.width}x{camera.height}"
+            f"render: expected at most 4 megapixels, received {camera.width}x{camera.height}"
         )
     return replace(view, camera=camera)
 

@@ -18,7 +18,7 @@ from mclnf_edge.errors import MclnfError, RemoteError
 from mclnf_edge.maths.metrics import psnr
 from mclnf_edge.store import MapStore, map_check
 from mclnf_edge.types import Frame
-from tests.daemon.conftest import Daemon
+from tests.daemon.conftest import CONFIG, Daemon
 from tests.mapping.flights import Flight
 
 
@@ -118,38 +118,46 @@ def test_a_map_of_another_kind_is_refused(daemon: Daemon, flight: Flight, tmp_pa
     send(daemon, flight.frames[:2])
     assert daemon.stop() == 0
     other = tmp_path / "other.yaml"
-    other.write_text("map: {cell_size_m: 31.0}\nfield: {plane_texels: 64}\n")
+    other.write_text(CONFIG.replace("cell_size_m: 20.0", "cell_size_m: 31.0"))
     done = subprocess.run(
         [sys.executable, "-m", "mclnf_edge.cli", "serve", "--map", str(daemon.map)]
         + ["--bind", "tcp://127.0.0.1:0", "--config", str(other)],
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
-    assert done.returncode != 0 and "expected" in done.stderr
+    assert done.returncode != 0 and "cell_size_m" in done.stderr
     assert map_check(daemon.map) == []
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every committed module file with its bytes."""
+    return {p.name: p.read_bytes() for p in (folder / "modules").glob("*.safetensors")}
+
+
 def test_twenty_kills_lose_no_acknowledged_frame(daemon: Daemon, flight: Flight) -> None:
-    """SIGKILL at random moments of publishing and adapting."""
+    """SIGKILL at random moments while publishing, adapting and closing."""
     choose = random.Random(4)
-    acknowledged: set[int] = set()
-    digests: dict[tuple[str, int], str] = {}
+    closed: dict[str, bytes] = {}
     for turn in range(20):
         frame = flight.frames[turn % len(flight.frames)]
+        moved = frame.T_world_camera.copy()
+        moved[0, 3] += 0.3 * turn
         with daemon.client("drone") as client:
-            moved = frame.T_world_camera.copy()
-            moved[0, 3] += 0.3 * turn
-            put = replace(frame, seq=turn, T_world_camera=moved)
-            assert client.publish([put])["accepted"] == 1
-            acknowledged.add(turn)
+            assert client.publish([replace(frame, seq=turn, T_world_camera=moved)])["accepted"] == 1
+        if turn % 5 == 4:
+            assert drained(daemon).done
         time.sleep(choose.uniform(0, 0.4))
         daemon.kill()
         with MapStore.open(daemon.map, create=False, read_only=True) as store:
-            stream = store.streams()[0]
-            assert stream["accepted"] == len(acknowledged) and stream["duplicate"] == 0
-            now = {(m.id, m.version): m.digest for m in store.modules()}
-        assert digests.items() <= now.items(), "a closed version changed"
-        digests = now
+            stream, held = store.streams()[0], {f.seq for f in store.held_frames()}
+            counts = store.counts()
+        assert stream["accepted"] == turn + 1 and stream["duplicate"] == 0
+        assert held <= set(range(turn + 1)) and (turn in held or turn % 5 == 4)
+        assert counts["rays"] > 0 or len(held) == turn + 1, "a frame is held or was trained"
+        now = files_of(daemon.map)
+        assert closed.items() <= now.items(), "a closed version changed"
+        closed = now
         daemon.start()
+    assert len(closed) >= 2, "nothing was closed while it was killed"
     assert drained(daemon).done
     assert map_check(daemon.map) == []
     with daemon.client("drone") as client:
