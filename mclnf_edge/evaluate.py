@@ -91,7 +91,7 @@ def local_renderer(map_dir: Path, device: str = "auto") -> Callable[[View], Rend
     def render(view: View) -> Render:
         site, transform = sites.find(view.world)
         placed = replace(view, T_world_camera=transform @ view.T_world_camera)
-        gain = mapper.gain(view.stream, view.timestamp)
+        gain = mapper.exposures.at(view.stream, view.timestamp)
         return renderer.render(mapper.pool, mapper.origins.get(site), placed, gain, site=site)
 
     return render

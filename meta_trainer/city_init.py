@@ -146,10 +146,9 @@ class Episode:
         """
         mapper, pool, rates = self.mapper, self.mapper.pool, self._adapt
         assert pool is not None
-        mapper.adapt = replace(rates, seed=seed, lr=rates.lr * factor, lr_mlp=rates.lr_mlp * factor)
-        mapper.steps, mapper.psnr = 0, None
-        mapper._random = np.random.default_rng(seed)
-        mapper._plane_scale = mapper._targets = None
+        adapt = replace(rates, seed=seed, lr=rates.lr * factor, lr_mlp=rates.lr_mlp * factor)
+        mapper.optimizer.restart(adapt)
+        mapper.random, mapper.psnr, mapper.targets = np.random.default_rng(seed), None, None
         for name, value in self._start.items():
             getattr(pool, name)[self._slots] = value
         pool.weights[self._slots] = mlp
@@ -167,11 +166,11 @@ class Episode:
 
     def only(self, remainder: int | None) -> None:
         """Draw rays only from every second frame (`remainder` 0 or 1), None: from all."""
-        self.mapper._targets = None
+        self.mapper.targets = None
         if remainder is not None:
-            targets = self.mapper._ray_targets()[0]
+            targets = self.mapper.ray_targets()[0]
             keep = targets[0] % 2 == remainder
-            self.mapper._targets = {0: tuple(part[keep] for part in targets)}
+            self.mapper.targets = {0: tuple(part[keep] for part in targets)}
 
     def mean_weights(self) -> npt.NDArray[np.float64]:
         """(MLP_SIZE,) mean of the modules' parameters, weighted by the rays each was given."""
@@ -190,7 +189,7 @@ class Episode:
 
     def gain(self, frame: Frame) -> F32:
         """(3,) log exposure of a test frame, from its neighbours in time."""
-        return self.mapper.gain(_STREAM, frame.timestamp)
+        return self.mapper.exposures.at(_STREAM, frame.timestamp)
 
     def truth(self, frame: Frame, shrink: int) -> npt.NDArray[np.uint8]:
         """(H, W, 3) a test frame as it was taken, at 1/shrink its size."""

@@ -60,7 +60,9 @@ class MlpStream:
         if replay is not None:
             parts.append(self._pick(replay, RAYS - mine))
         frame, tile = np.concatenate(parts, axis=1)
-        ro, rd, truth, use, gains, bands = self.mapper.batch(frame, tile, self.random)
+        frames = list(self.mapper.frames.values())
+        rays, gains, bands = self.mapper.batch(frames, frame, tile, self.random)
+        ro, rd, truth, use = rays
         self.taken += 1
         shown, met = self.render(ro, rd, bands, jitter=True)
         error = shown * torch.from_numpy(gains) - torch.from_numpy(truth)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from mclnf_edge.mapping.frames import TILE
 from mclnf_edge.mapping.mapper import Mapper
 from mclnf_edge.mapping.modules import Cell, ModulePool
+from mclnf_edge.mapping.optimizer import Optimizer
 from meta_trainer.city_init import Episode
 from tools.tasks import I32, targets
 
@@ -40,29 +41,31 @@ class StreamMapper(Mapper):
         """Share of the current task's steps that is taken."""
         return self.spent
 
-    def _ray_targets(self) -> dict[int, tuple[I32, ...]]:
+    def ray_targets(self) -> dict[int, tuple[I32, ...]]:
+        """The tiles in `drawn`, and as many of `replay`."""
         assert self.drawn is not None
         if self.replay is None:
             return {0: self.drawn}
-        pick = self._random.integers(0, len(self.replay[0]), len(self.drawn[0]))
+        pick = self.random.integers(0, len(self.replay[0]), len(self.drawn[0]))
         both = zip(self.drawn, self.replay, strict=True)
         return {0: tuple(np.concatenate([now, past[pick]]) for now, past in both)}
 
-    def _step_texels(self, pool: ModulePool, length: int) -> None:
-        super()._step_texels(pool, length)
-        if self.tied:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.optimizer = _Tying(self)
+
+
+class _Tying(Optimizer):
+    """The daemon's optimizer; a tied mapper's MLPs get one gradient."""
+
+    def __init__(self, mapper: StreamMapper) -> None:
+        super().__init__(mapper.adapt, mapper.threads)
+        self._mapper = mapper
+
+    def step_texels(self, pool: ModulePool, length: int) -> None:
+        super().step_texels(pool, length)
+        if self._mapper.tied:
             tie(pool.weight_gradient, pool.owner[pool.owner >= 0])
-
-    def batch(
-        self, frame: I32, tile: I32, random: np.random.Generator
-    ) -> tuple[F32, F32, F32, F32, F32, F32]:
-        """Rays of one random pixel in each tile.
-
-        Returns origins, directions, colours, mask (R,), exposures (R, 3) and height bands (R, 2).
-        """
-        frames = list(self.frames.values())
-        gains = np.exp(np.stack([f.gain for f in frames]))[frame]
-        return *self._rays(frames, frame, tile, random), gains, self._bands(frames)[frame]
 
 
 def tie(gradients: Sequence[F32], rows: npt.NDArray[np.int32]) -> None:
@@ -104,7 +107,7 @@ def begin(episode: StreamEpisode, mlp: F32, seed: int, *, tied: bool) -> StreamM
         if module.row < 0:
             mapper.pool.thaw(module)
     episode.restart(mlp, seed)
-    mapper.adapt = replace(mapper.adapt, passes=1000.0)
+    mapper.optimizer.adapt = replace(mapper.adapt, passes=1000.0)
     mapper.tied, mapper.replay, mapper.drawn, mapper.spent = tied, None, None, 0.0
     return mapper
 

@@ -122,7 +122,7 @@ def adapt(
             f.name: round(v, 3) for f, v in zip(episode.test, episode.score(SHRINK), strict=True)
         },
         "weights": distribution(np.concatenate(weights)),
-        "steps": mapper.steps,
+        "steps": mapper.optimizer.steps,
         "cpu_s": round(spent, 2),
     }
 

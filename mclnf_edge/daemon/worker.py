@@ -376,7 +376,7 @@ class Worker(threading.Thread):
     def _reply(self, job: RenderJob, view: View, *, final: bool) -> RenderReply:
         start, request = time.monotonic(), job.request
         mapper = self.mapper
-        gain = mapper.gain(view.stream, view.timestamp)
+        gain = mapper.exposures.at(view.stream, view.timestamp)
         origin = mapper.origins.get(job.site)
         done = self.renderer.render(mapper.pool, origin, view, gain, self._versions, job.site)
         ms = (time.monotonic() - start) * 1e3
@@ -425,7 +425,7 @@ class Worker(threading.Thread):
             frames_waiting=len(mapper.frames),
             modules_open=len(learning),
             modules_closed=self._versions,
-            steps=mapper.steps,
+            steps=mapper.optimizer.steps,
             psnr=mapper.psnr,
             seconds_left=_seconds_left(self._rate),
         )
@@ -433,7 +433,7 @@ class Worker(threading.Thread):
         self.state = {
             "modules": modules,
             "engine": _COMPUTE_ENGINE,
-            "steps": mapper.steps,
+            "steps": mapper.optimizer.steps,
             "frames_held": len(mapper.frames),
             "cell_size_m": None if mapper.pool is None else mapper.pool.cell_m,
             "psnr": mapper.psnr,

@@ -10,11 +10,17 @@ import numpy as np
 import numpy.typing as npt
 
 from mclnf_edge.engine.surface import normalised
+from mclnf_edge.errors import FrameRejected
+from mclnf_edge.images import decode_image, decode_mask, undistort, undistort_layer
 from mclnf_edge.mapping.modules import Cell
+from mclnf_edge.types import Frame
 
 F32 = npt.NDArray[np.float32]
 TILE = 16
 """Edge in pixels of the tiles by which a frame's rays are assigned to cells."""
+
+_MAX_EDGE_PX = 960
+"""Larger pictures are reduced to this width or height before they are held."""
 
 
 @dataclass
@@ -104,6 +110,43 @@ class HeldFrame:
         v = (np.arange(down) + 0.5) * (h / down)
         columns, rows = np.meshgrid(u.astype(np.float32), v.astype(np.float32))
         return self.directions(columns.ravel(), rows.ravel()), (across, down)
+
+
+def hold(
+    frame_id: int,
+    stream: str,
+    frame: Frame,
+    site: int,
+    origin: npt.NDArray[np.float64],
+    task: str,
+) -> HeldFrame:
+    """Decode, undistort and, where it is large, reduce a frame of a site with this origin (3,).
+
+    Raises FrameRejected for a picture that cannot be decoded or has no two tiles a side.
+    """
+    image = decode_image(frame.image, frame.encoding, frame.camera)
+    image, camera, valid = undistort(image, frame.camera)
+    mask = np.where(valid, 255, 0).astype(np.uint8)
+    if frame.mask is not None:
+        published = decode_mask(frame.mask, frame.camera).astype(np.uint8)
+        mask = np.where(undistort_layer(published, frame.camera) > 0, mask, 0).astype(np.uint8)
+    scale = min(1.0, _MAX_EDGE_PX / max(camera.width, camera.height))
+    if scale < 1:
+        w, h = max(round(camera.width * scale), 1), max(round(camera.height * scale), 1)
+        image = cv2.resize(image, (w, h), interpolation=cv2.INTER_AREA).astype(np.uint8)
+        mask = cv2.resize(mask, (w, h), interpolation=cv2.INTER_NEAREST).astype(np.uint8)
+        camera = camera.scaled(w, h)
+    if min(camera.width, camera.height) < 2 * TILE:
+        raise FrameRejected(
+            f"image: expected at least {2 * TILE} pixels a side, received "
+            f"{camera.width}x{camera.height}"
+        )
+    return HeldFrame(
+        frame_id, stream, frame.seq, frame.timestamp, np.ascontiguousarray(image), mask,
+        (camera.fx, camera.fy, camera.cx, camera.cy),
+        frame.T_world_camera[:3, :3].astype(np.float32),
+        (frame.T_world_camera[:3, 3] - origin).astype(np.float32), site, task,
+    )  # fmt: skip
 
 
 def triangulate(a: HeldFrame, b: HeldFrame) -> F32:

@@ -20,6 +20,9 @@ from mclnf_edge.mapping.frames import HeldFrame, triangulate
 from mclnf_edge.mapping.modules import Cell, Module, ModulePool, cell_edge
 
 F32 = npt.NDArray[np.float32]
+Tiles = dict[Cell, npt.NDArray[np.int32]]
+"""Tile indices of one frame by cell."""
+
 RASTER = 64
 """Surface columns along one cell's edge."""
 

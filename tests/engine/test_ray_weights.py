@@ -13,7 +13,7 @@ from mclnf_edge.config import ServeConfig  # noqa: E402
 from mclnf_edge.engine import learn  # noqa: E402
 from mclnf_edge.engine.field import HIDDEN  # noqa: E402
 from mclnf_edge.engine.volume import make_tape  # noqa: E402
-from mclnf_edge.mapping.mapper import Mapper  # noqa: E402
+from mclnf_edge.mapping.optimizer import Optimizer  # noqa: E402
 
 
 def test_gradncp_is_the_norm_of_the_last_layers_gradient() -> None:
@@ -45,10 +45,10 @@ def test_residual_score_is_the_squared_error() -> None:
 def test_weights_keep_the_mean_and_the_control_only_moves_them(weighting: str) -> None:
     config = ServeConfig()
     error = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
-    mapper = Mapper(config.map, config.field, replace(config.adapt, weighting=weighting))
+    optimizer = Optimizer(replace(config.adapt, weighting=weighting), 1)
     information = np.square(error).sum(1)
-    mapper._information = lambda scene, d_rgb: information  # type: ignore[method-assign]
-    weights = mapper._weigh(None, error)  # type: ignore[arg-type]
+    optimizer.information = lambda pool, scene, d_rgb: information  # type: ignore[method-assign]
+    weights = optimizer.weigh(None, None, error)  # type: ignore[arg-type]
     assert weights.mean() == pytest.approx(1.0)
     plain = learn.ray_weights(information, config.adapt.fisher_lambda, config.adapt.weight_clamp)
     if weighting == "none":

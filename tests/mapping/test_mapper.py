@@ -15,6 +15,7 @@ from mclnf_edge.config import MapConfig
 from mclnf_edge.engine import volume
 from mclnf_edge.images import encode_image
 from mclnf_edge.mapping.mapper import Closing, Mapper
+from mclnf_edge.mapping.modules import ModulePool
 from mclnf_edge.store.checkpoints import Checkpoints
 from tests.mapping import flights
 from tests.mapping.flights import ADAPT, CELL_M, FIELD, Flight, learn, mapper, render, score
@@ -65,14 +66,14 @@ def test_depth_is_right(flight: Flight, learned: tuple[Mapper, float]) -> None:
 def test_weights_keep_the_mean_and_do_something(flight: Flight) -> None:
     m = mapper(flight.frames[:4])
     seen: list[Any] = []
-    weigh = m._weigh
+    weigh = m.optimizer.weigh
 
-    def watched(scene: volume.Scene, d_rgb: Any) -> Any:
-        w = weigh(scene, d_rgb)
+    def watched(pool: ModulePool, scene: volume.Scene, d_rgb: Any) -> Any:
+        w = weigh(pool, scene, d_rgb)
         seen.append((w, np.abs(d_rgb).sum(1) > 0))
         return w
 
-    m._weigh = watched  # type: ignore[method-assign]
+    m.optimizer.weigh = watched  # type: ignore[method-assign]
     learn(m, 8)
     assert len(seen) == 8
     for w, live in seen:
@@ -224,7 +225,7 @@ def test_a_restart_changes_no_bit(flight: Flight, tmp_path: Path) -> None:
             assert np.array_equal(a, b), name
     for a, b in zip(m.frames.values(), again.frames.values(), strict=True):
         assert np.array_equal(a.gain, b.gain) and a.rays == b.rays and a.band == b.band
-    assert np.array_equal(m.gain("front", 1.2), again.gain("front", 1.2))
+    assert np.array_equal(m.exposures.at("front", 1.2), again.exposures.at("front", 1.2))
 
 
 def test_frames_after_a_restart_are_settled(flight: Flight) -> None:
@@ -260,12 +261,12 @@ def test_a_module_that_no_tile_reaches_any_more_is_given_up(flight: Flight) -> N
     opened = set(m.modules)
     structure.points[:, 2] += 20  # the ground turns out to be much nearer: footprints shrink
     structure.rasters.clear()
-    m._dirty = True
+    m.dirty = True
     m.settle()
     assert m.pool is not None
     gone = opened - set(m.modules)
     assert gone and not gone & m.pool.slot_of.keys() and not gone & structure.rasters.keys()
-    assert all(m._tiles[cell] for cell in m.modules)
+    assert all(m.tiles[cell] for cell in m.modules)
     learn(m)
     assert {x.cell for x in m.finished()} == set(m.modules)
     assert all(x.steps > 0 for x in m.modules.values())
@@ -278,6 +279,6 @@ def test_masked_pictures_teach_nothing(flight: Flight) -> None:
     assert m.pool is not None
     before = m.pool.weights.copy()
     learn(m, 3)
-    assert m.steps == 3 and m.psnr is None
+    assert m.optimizer.steps == 3 and m.psnr is None
     assert all(x.psnr is None for x in m.modules.values())
     assert np.array_equal(m.pool.weights, before)

@@ -10,7 +10,7 @@ import torch
 
 from mclnf_edge.engine import volume
 from mclnf_edge.engine.field import HIDDEN
-from mclnf_edge.mapping import mapper as mapping
+from mclnf_edge.mapping import mapper, optimizer
 from mclnf_edge.mapping.mapper import Mapper
 from mclnf_edge.maths import radiance
 from tests.engine import scene as small
@@ -35,9 +35,9 @@ def test_scores_rank_rays_as_the_exact_diagonal_does(
     monkeypatch.setattr(small, "LAYOUT", m.pool.layout)
     flights.learn(m, steps)
     scored: list[Any] = []
-    monkeypatch.setattr(mapping.volume, "scores", scores_kept(scored))
+    monkeypatch.setattr(optimizer.volume, "scores", scores_kept(scored))
     rays: list[Any] = []
-    monkeypatch.setattr(m, "_rays", kept_results(rays, m._rays))
+    monkeypatch.setattr(mapper, "draw", kept_results(rays, mapper.draw))
     before = small.definition(m.pool)
     assert m.step() is not None
     (scene, tape, d_rgb, q), (ro, rd, _, _) = scored[0], rays[0]
@@ -73,7 +73,7 @@ def exact_scores(
     m: Mapper, modules: dict[Any, Any], scene: Any, tape: Any, d_rgb: Any, ro: Any, rd: Any
 ) -> tuple[Any, Any]:
     """(q, ray indices) of the module that most rays meet, by vmap(grad) in float64."""
-    shape = (RAYS, mapping._SAMPLES)
+    shape = (RAYS, optimizer._SAMPLES)
     weight = tape.weight.reshape(shape).copy()
     weight[np.arange(shape[1]) >= tape.used[:, None]] = 0
     heaviest = weight.argmax(1) + np.arange(RAYS) * shape[1]

@@ -95,7 +95,7 @@ def flat_map(cells: list[Cell]) -> streams.StreamMapper:
     mapper = streams.StreamMapper(config.map, config.field, config.adapt, threads=2)
     mapper.origins[0] = np.zeros(3)
     mapper.structures[0] = Structure(10.0)
-    pool = mapper._make_pool(10.0)
+    pool = mapper.pool_of(10.0)
     for cell in cells:
         mapper.modules[cell] = pool.spawn(cell, -1.0, 3.0)
         mapper.structures[0].rasters[cell] = np.zeros((RASTER, RASTER), np.float32)

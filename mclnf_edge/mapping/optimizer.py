@@ -1,0 +1,202 @@
+"""One optimization step on a batch of rays: Algorithm 1, lines 9-17, on the compiled kernels."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from mclnf_edge.config import AdaptConfig
+from mclnf_edge.engine import learn, volume
+from mclnf_edge.mapping.modules import ModulePool, Workspace, trace
+from mclnf_edge.mapping.rays import Rays
+
+F32 = npt.NDArray[np.float32]
+
+_COARSE_STEPS = 48
+_SAMPLES = 6
+_UNIFORM = 0.05
+
+
+class Fit(NamedTuple):
+    """How well a batch was shown before the step: (R, 3) residuals and colours, (R,) weights.
+
+    `capped` is the residual after the robust cap, `shown` the colour with the frame's exposure.
+    """
+
+    residual: F32
+    capped: F32
+    shown: F32
+    weights: F32
+    mse: float
+
+
+class Optimizer:
+    """Moves the modules of a pool that learn; the frozen ones are rendered and not touched.
+
+    `steps` counts from the beginning of the map; `plane_scale` (planes,) is the running mean of
+    squared texel gradients that damps the texels' Fisher information.
+    """
+
+    def __init__(self, adapt: AdaptConfig, threads: int) -> None:
+        self.threads = threads
+        self.work = Workspace(adapt.rays_per_step, _SAMPLES)
+        self.restart(adapt)
+
+    def restart(self, adapt: AdaptConfig) -> None:
+        """Begin anew with these settings; what modules have learned is theirs, not touched."""
+        self.adapt = adapt
+        self.steps = 0
+        self.plane_scale: F32 | None = None
+
+    def step(
+        self,
+        pool: ModulePool,
+        rays: Rays,
+        gains: F32,
+        bands: F32,
+        *,
+        site: int,
+        reach: float,
+        decay: float,
+    ) -> Fit:
+        """Render R rays through the gate, score, weigh, and update every learning module.
+
+        `gains` (R, 3) are the exposures' factors, `bands` (R, 2) the heights that hold matter,
+        `reach` metres how far rays are followed, `decay` in [0, 1] how far the MLP's rate has
+        fallen (tenfold at 1).
+        """
+        n = len(rays.use)
+        self.steps += 1
+        scene = trace(
+            pool, self.work, rays.origins, rays.directions, bands, steps=_COARSE_STEPS,
+            uniform=_UNIFORM, seed=self.steps + self.adapt.seed * 1_000_003, jitter=True,
+            reach=reach, site=site,
+        )  # fmt: skip
+        shown = self.work.tape.rgb[:n] * gains
+        residual = (shown - rays.truth) * rays.use[:, None]
+        mse = float((residual**2).mean() / max(rays.use.mean(), 1e-6))
+        cap = self.adapt.robust_cap * max(float(np.sqrt(mse)), 0.02)
+        capped = np.clip(residual, -cap, cap)
+        d_rgb = np.ascontiguousarray(2 * capped * gains / n, np.float32)
+        weights = self.weigh(pool, scene, d_rgb)
+        d_rgb *= weights[:, None]
+        self._update(pool, scene, d_rgb, decay)
+        return Fit(residual, capped, shown, weights, mse)
+
+    def weigh(self, pool: ModulePool, scene: volume.Scene, d_rgb: F32) -> F32:
+        """Weights (R,) of the rays (Eq. 3); `adapt.weighting` says what stands for information."""
+        adapt, n = self.adapt, len(d_rgb)
+        if adapt.weighting == "none" or adapt.fisher_lambda == 0:
+            return np.ones(n, np.float32)
+        if adapt.weighting == "residual":
+            q = learn.residual_score(d_rgb)
+        elif adapt.weighting == "gradncp":
+            q = learn.gradncp_score(self.work.tape, d_rgb, _SAMPLES)
+        else:
+            q = self.information(pool, scene, d_rgb)
+        weights = learn.ray_weights(q, adapt.fisher_lambda, adapt.weight_clamp)
+        if adapt.weighting == "shuffled":
+            np.random.default_rng((adapt.seed, self.steps)).shuffle(weights)
+        return weights
+
+    def information(self, pool: ModulePool, scene: volume.Scene, d_rgb: F32) -> F32:
+        """q = g' F^-1 g (R,) of each ray, from the output layer's running diagonal F."""
+        n, running = len(d_rgb), pool.output_fisher
+        damped = running + self.adapt.fisher_damping * running.mean(1, keepdims=True) + 1e-20
+        q = np.zeros(n, np.float32)
+        sums = [
+            np.zeros((pool.rows, learn.FISHER_SIZE + 1), np.float32) for _ in range(self.threads)
+        ]
+
+        def part(i: int) -> None:
+            a, b = n * i // self.threads, n * (i + 1) // self.threads
+            volume.scores(scene, self.work.tape, d_rgb, a, b, _SAMPLES, damped, sums[i], q)
+
+        list(pool.executor.map(part, range(self.threads)))
+        total = np.sum(sums, axis=0)
+        rows = total[:, -1] > 0
+        fresh = total[rows, :-1] / total[rows, -1:]
+        first = ~running[rows].any(1, keepdims=True)
+        running[rows] = np.where(first, fresh, 0.95 * running[rows] + 0.05 * fresh)
+        return q
+
+    def _update(self, pool: ModulePool, scene: volume.Scene, d_rgb: F32, decay: float) -> None:
+        tape, threads, n = self.work.tape, self.threads, len(d_rgb)
+
+        def part(i: int) -> int:
+            a, b = n * i // threads, n * (i + 1) // threads
+            return int(
+                volume.backward(
+                    scene, tape, pool.transposed.reshape(-1), d_rgb, a, b, _SAMPLES,
+                    pool.gradient[i].reshape(-1), pool.weight_gradient[i].reshape(-1),
+                    pool.touched[i], pool.queue[i],
+                )
+            )  # fmt: skip
+
+        counts = list(pool.executor.map(part, range(threads)))
+        length = counts[0]
+        for i in range(1, threads):
+            length = learn.merge(
+                pool.queue[0], length, pool.touched[0], pool.gradient[0].reshape(-1),
+                pool.queue[i], counts[i], pool.touched[i], pool.gradient[i].reshape(-1),
+            )  # fmt: skip
+        self.step_texels(pool, length)
+        self._step_mlps(pool, decay)
+
+    def step_texels(self, pool: ModulePool, length: int) -> None:
+        """Move the `length` queued texels; see `learn.step_texels`."""
+        planes = pool.layout.planes
+        if self.plane_scale is None:
+            self.plane_scale = _plane_means(pool, length)
+        sums = np.zeros((len(planes), 2), np.float32)
+        learn.step_texels(
+            pool.queue[0], length, pool.touched[0], pool.gradient[0].reshape(-1), pool.slot_of_row,
+            pool.features.reshape(-1), pool.fisher.reshape(-1), pool.layout.features, planes,
+            np.float32(self.adapt.lr), np.maximum(self.plane_scale, 1e-20), sums,
+        )  # fmt: skip
+        fresh = sums[:, 0] / np.maximum(sums[:, 1], 1)
+        self.plane_scale += np.float32(0.02) * (fresh - self.plane_scale)
+
+    def _step_mlps(self, pool: ModulePool, decay: float) -> None:
+        rows = pool.owner[list(pool.slot_of.values())]
+        rows = rows[rows >= 0]
+        gradient = np.sum([g[rows] for g in pool.weight_gradient], axis=0)
+        for g in pool.weight_gradient:
+            g[rows] = 0
+        gradient[pool.guarded[rows]] = 0
+        moment, square, steps = pool.moment[rows], pool.square[rows], pool.adam_steps[rows]
+        slots = pool.slot_of_row[rows]
+        rate = self.adapt.lr_mlp * 0.1**decay
+        pool.weights[slots] = learn.adam(pool.weights[slots], gradient, moment, square, steps, rate)
+        pool.moment[rows], pool.square[rows], pool.adam_steps[rows] = moment, square, steps
+        pool.refresh_transposed(rows)
+
+
+def show(pool: ModulePool, work: Workspace, site: int, ro: F32, rd: F32) -> F32:
+    """(n, 3) colours in [0, 1] of rays into a site at exposure 0, through all its modules."""
+    low, high = pool.height_band(c for c in pool.slot_of if c[0] // 2 == site)
+    reach = 60.0 * max(float(ro[:, 2].max()) - low, pool.cell_m)
+    bands = np.tile(np.array([[low, high]], np.float32), (work.rays, 1))
+    out = np.empty((len(ro), 3), np.float32)
+    for a in range(0, len(ro), work.rays):
+        part = slice(a, a + work.rays)
+        trace(
+            pool, work, ro[part], rd[part], bands, steps=_COARSE_STEPS, uniform=_UNIFORM,
+            seed=0, jitter=False, reach=reach, site=site,
+        )  # fmt: skip
+        out[part] = work.tape.rgb[: len(ro[part])].clip(0, 1)
+    return out
+
+
+def _plane_means(pool: ModulePool, length: int) -> F32:
+    """Mean squared gradient per plane over the first batch's texels: the first damping."""
+    queued = pool.queue[0][:length]
+    at = queued * 4 % pool.layout.features
+    squares = (pool.gradient[0].reshape(-1, 4)[queued] ** 2).mean(1)
+    plane = np.searchsorted(pool.layout.planes[:, 4], at, side="right") - 1
+    count = len(pool.layout.planes)
+    total = np.bincount(plane, squares, count) / np.maximum(np.bincount(plane, minlength=count), 1)
+    out: F32 = total.astype(np.float32)
+    return out
