@@ -4,10 +4,11 @@
 
 A publisher sends laps of a capture to one daemon, over its socket, and asks it to close the map
 after each lap; every lap is a session of its own. Meanwhile the daemon is killed at a random moment
-after each of its starts, a fifth of them counted from the launch. After each kill the ledger is read as it lies on disk:
-every acknowledged frame has one row, and each closed version has the bytes it had first. At the
-end everything is adapted and closed, and the map is checked. The map and the results are kept in
-the work folder and in the JSON: a run that was cut short goes on where it stopped.
+after each of its starts, a fifth of them counted from the launch. After each kill the ledger is
+read as it lies on disk: every acknowledged frame has one row, and each closed version has the bytes
+it had first. At the end everything is adapted and closed, and the map is checked. The map and the
+results are kept in the work folder and in the JSON: a run that was cut short goes on where it
+stopped.
 """
 
 from __future__ import annotations

@@ -26,6 +26,8 @@ from mclnf_edge.wire.keys import KeyPair, check_key, load_secret, refuse_open_fi
 from mclnf_edge.wire.messages import (
     CloseTask,
     Drain,
+    FetchModule,
+    Follow,
     Hello,
     Message,
     PutFrame,
@@ -34,7 +36,7 @@ from mclnf_edge.wire.messages import (
     StatusRequest,
 )
 
-Role = Literal["publish", "render", "admin"]
+Role = Literal["publish", "render", "follow", "admin"]
 ROLES: tuple[Role, ...] = get_args(Role)
 ZAP_DOMAIN = "mclnf"
 
@@ -45,6 +47,8 @@ ALLOWED: Mapping[type[Message], frozenset[Role]] = {
     CloseTask: frozenset({"publish", "admin"}),
     Drain: frozenset({"publish", "admin"}),
     RenderRequest: frozenset({"render", "admin"}),
+    Follow: frozenset({"follow", "admin"}),
+    FetchModule: frozenset({"follow", "admin"}),
     StatusRequest: frozenset(ROLES),
 }
 """Which roles may send which message; what is not listed is not a client's to send."""

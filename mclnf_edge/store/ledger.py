@@ -223,6 +223,18 @@ class Ledger:
         rows = self.database.rows(f"SELECT {_MODULE_COLUMNS} FROM modules ORDER BY rowid")
         return [_module(row) for row in rows]
 
+    def modules_after(self, count: int, limit: int) -> list[ModuleRecord]:
+        """At most `limit` versions after the first `count`, in order of commit."""
+        rows = self.database.rows(
+            f"SELECT {_MODULE_COLUMNS} FROM modules ORDER BY rowid LIMIT ? OFFSET ?",
+            (limit, count),
+        )
+        return [_module(row) for row in rows]
+
+    def frame_bytes(self) -> int:
+        """Bytes that every frame taken so far had, kept or let go."""
+        return int(self.database.rows("SELECT coalesce(sum(bytes), 0) FROM frames")[0][0])
+
     def module(self, module: str, version: int | None = None) -> ModuleRecord:
         """One version, by default the newest that is not quarantined; raises StoreError."""
         condition = "state = 'closed' AND ? IS NULL" if version is None else "version = ?"
@@ -250,6 +262,11 @@ class Ledger:
                 (module, version),
             )
 
+    def counts_of_modules(self) -> dict[str, int]:
+        """Module versions by state."""
+        rows = self.database.rows("SELECT state, count(*) FROM modules GROUP BY state")
+        return {state: count for state, count in rows}
+
     def counts(self) -> dict[str, int]:
         """Frames by state, bytes of the payloads held, rays trained, module versions by state."""
         query = self.database.rows
@@ -260,10 +277,7 @@ class Ledger:
             "SELECT count(*), coalesce(sum(rays), 0) FROM frames WHERE state = 'done'"
         )
         [[redundant]] = query("SELECT coalesce(sum(redundant), 0) FROM streams")
-        states = {
-            state: count
-            for state, count in query("SELECT state, count(*) FROM modules GROUP BY state")
-        }
+        states = self.counts_of_modules()
         return {
             "held": held,
             "held_bytes": held_bytes,

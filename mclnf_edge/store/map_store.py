@@ -177,9 +177,17 @@ class MapStore:
         """Every task's (state, meta) by its id."""
         return self.ledger.tasks()
 
+    def counts_of_modules(self) -> dict[str, int]:
+        """See `Ledger.counts_of_modules`."""
+        return self.ledger.counts_of_modules()
+
     def counts(self) -> dict[str, int]:
         """See `Ledger.counts`, and `journal_bytes`."""
         return {**self.ledger.counts(), "journal_bytes": self.journal_bytes()}
+
+    def frame_bytes(self) -> int:
+        """See `Ledger.frame_bytes`."""
+        return self.ledger.frame_bytes()
 
     def journal_bytes(self) -> int:
         """Bytes on disk of the ledger and its WAL."""
@@ -196,6 +204,26 @@ class MapStore:
     ) -> ModuleRecord:
         """See `ModuleStore.commit`."""
         return self._modules.commit(snapshot, let_go or {})
+
+    def mirror_module(
+        self, module: str, version: int, data: bytes, meta: Mapping[str, Any]
+    ) -> ModuleRecord:
+        """Commit a version whose file was copied from another map."""
+        return self._modules.keep(module, version, data, dict(meta), {})
+
+    def mirror_lost(
+        self, module: str, version: int, digest: str, size: int, meta: Mapping[str, Any]
+    ) -> None:
+        """See `ModuleStore.keep_lost`."""
+        self._modules.keep_lost(module, version, digest, size, dict(meta))
+
+    def read_module(self, module: str, version: int, offset: int, length: int) -> bytes:
+        """See `ModuleStore.read`."""
+        return self._modules.read(self.ledger.module(module, version), offset, length)
+
+    def modules_after(self, count: int, limit: int) -> list[ModuleRecord]:
+        """See `Ledger.modules_after`."""
+        return self.ledger.modules_after(count, limit)
 
     def load_module(self, module: str, version: int | None = None) -> ModuleSnapshot:
         """See `ModuleStore.load`."""

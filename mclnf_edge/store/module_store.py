@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
@@ -34,22 +36,38 @@ class ModuleStore:
 
         Raises StoreError when this version is committed already, DiskFull when there is no room.
         """
-        if self._ledger.has_module(snapshot.id, snapshot.version):
-            raise StoreError(
-                f"{self.folder}: version {snapshot.version} of module {snapshot.id!r} is "
-                "committed already and never changes"
-            )
-        json.dumps(snapshot.meta, allow_nan=False)
         arrays = {name: np.ascontiguousarray(a) for name, a in snapshot.arrays.items()}
         data = save(arrays, metadata={"id": snapshot.id, "version": str(snapshot.version)})
-        file = f"{safe_name(snapshot.id)}.{snapshot.version}{SUFFIX}"
+        return self.keep(snapshot.id, snapshot.version, data, dict(snapshot.meta), let_go)
+
+    def keep(
+        self,
+        module: str,
+        version: int,
+        data: bytes,
+        meta: dict[str, Any],
+        let_go: Mapping[int, int],
+    ) -> ModuleRecord:
+        """Commit a version whose file's bytes are `data`; see `commit`."""
+        if self._ledger.has_module(module, version):
+            raise StoreError(
+                f"{self.folder}: version {version} of module {module!r} is "
+                "committed already and never changes"
+            )
+        json.dumps(meta, allow_nan=False)
+        file = _file_of(module, version)
         write_durably(self.folder / file, data, self._files)
         digest = hashlib.sha256(data).hexdigest()
-        record = new_record(
-            snapshot.id, snapshot.version, digest, file, len(data), dict(snapshot.meta)
-        )
+        record = new_record(module, version, digest, file, len(data), meta)
         self._ledger.put_module(record, let_go)
         return record
+
+    def keep_lost(
+        self, module: str, version: int, digest: str, size: int, meta: dict[str, Any]
+    ) -> None:
+        """Remember a version that is quarantined where it was made: it has no file here."""
+        record = new_record(module, version, digest, _file_of(module, version), size, meta)
+        self._ledger.put_module(replace(record, state="quarantined"), {})
 
     def load(self, module: str, version: int | None = None) -> ModuleSnapshot:
         """One version, by default the newest sound one.
@@ -64,6 +82,22 @@ class ModuleStore:
         except SafetensorError as error:
             raise Corrupt(f"{self.folder / record.file}: {error}") from error
         return ModuleSnapshot(record.id, record.version, arrays, record.meta)
+
+    def read(self, record: ModuleRecord, offset: int, length: int) -> bytes:
+        """Bytes of a module's file; the whole file's digest is checked where `offset` is 0.
+
+        Raises Corrupt when the file is not what was committed.
+        """
+        if offset == 0:
+            return self.verified(record)[:length]
+        try:
+            with (self.folder / record.file).open("rb") as file:
+                file.seek(offset)
+                return file.read(length)
+        except FileNotFoundError as error:
+            raise Corrupt(f"{self.folder / record.file}: missing") from error
+        except OSError as error:
+            raise store_error(error, f"reading {self.folder / record.file}") from error
 
     def verified(self, record: ModuleRecord) -> bytes:
         """The module's file, its digest checked; raises Corrupt."""
@@ -101,3 +135,7 @@ class ModuleStore:
         for path in orphans:
             remove(path, self._files)
         return orphans
+
+
+def _file_of(module: str, version: int) -> str:
+    return f"{safe_name(module)}.{version}{SUFFIX}"

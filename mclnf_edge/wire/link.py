@@ -30,7 +30,8 @@ class Link:
 
     `connection` counts the sockets opened so far: what was sent over an older one may be lost.
     `lost` says that the daemon did not answer the greeting or the frames in time; `fault` why the
-    last handshake failed, "" when none did.
+    last handshake failed, "" when none did. `sent_bytes` and `received_bytes` count the messages'
+    parts, without ZeroMQ's few bytes around each.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Link:
         self.address, self.hello, self.hello_id = address, b"", -1
         self.welcome: Welcome | None = None
         self.lost, self.fault, self.connection = False, "", 0
+        self.sent_bytes = self.received_bytes = 0
         self._timeout_s = timeout_s
         self._server_key, self._client_keys = server_key, client_keys
         self._own_context = context is None
@@ -150,6 +152,7 @@ class Link:
             self._socket.send_multipart(parts, zmq.DONTWAIT)
         except zmq.Again:
             return False
+        self.sent_bytes += sum(map(len, parts))
         return True
 
     def receive(self, wait_s: float) -> list[Message]:
@@ -164,6 +167,7 @@ class Link:
             except zmq.Again:
                 break
             self._quiet_since = time.monotonic()
+            self.received_bytes += sum(map(len, parts))
             try:
                 messages.append(decode(parts))
             except ProtocolError as error:

@@ -16,7 +16,7 @@ import numpy as np
 from mclnf_edge.errors import ProtocolError
 from mclnf_edge.types import Camera, Frame, Split, View, WorldFrame
 
-PROTOCOL = (1, 0)
+PROTOCOL = (1, 1)
 """(major, minor) of this side. The major changes only when an older peer could misread us."""
 
 OLDEST_MAJOR = 1
@@ -361,6 +361,51 @@ class Progress(Message):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Follow(Message):
+    """Asks for the modules committed after the first `after`; answered by `Committed`."""
+
+    tag: ClassVar[str] = "follow"
+    after: Count = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Committed(Message):
+    """Some of the modules that `Follow` asked for, in order of commit; `total` are there in all.
+
+    `body` is zlib-compressed JSON, see `mclnf_edge.wire.mirroring`. `last` is the digest of the
+    module before them, "" for none: the follower's own last one, unless the maps differ.
+    `frame_bytes` is what the frames taken so far amount to.
+    """
+
+    tag: ClassVar[str] = "committed"
+    body: Annotated[bytes, Rule(1, MAX_PART_BYTES, part=True)]
+    last: Label = ""
+    total: Count = 0
+    frame_bytes: Count = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchModule(Message):
+    """Asks for `length` bytes from `offset` of a committed module; answered by `ModuleChunk`."""
+
+    tag: ClassVar[str] = "fetch-module"
+    module: Name
+    version: Count
+    offset: Count = 0
+    length: Annotated[int, Rule(1, MIB)] = 64 * KIB
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleChunk(Message):
+    """Bytes of a module's file from `offset` on; `sha256` is theirs, in hexadecimal digits."""
+
+    tag: ClassVar[str] = "module-chunk"
+    data: Annotated[bytes, Rule(0, MIB, part=True)]
+    offset: Count = 0
+    sha256: Label = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ErrorReply(Message):
     """A request that cannot be carried out. `code` is the stable name, `message` is for people."""
 
@@ -373,10 +418,11 @@ MESSAGES: dict[str, type[Message]] = {
     cls.tag: cls
     for cls in (
         *(Hello, Welcome, PutFrame, PutSignal, Acks, RenderRequest, RenderReply),
-        *(StatusRequest, StatusReply, CloseTask, Closed, Drain, Progress, ErrorReply),
+        *(StatusRequest, StatusReply, CloseTask, Closed, Drain, Progress),
+        *(Follow, Committed, FetchModule, ModuleChunk, ErrorReply),
     )
 }
-"""Every message by its tag. `follow` and `committed` are reserved for a mirror's traffic."""
+"""Every message by its tag."""
 
 
 def answer(put: Put, status: AckStatus, code: str = "", reason: str = "", retry_ms: int = 0) -> Ack:
