@@ -89,15 +89,29 @@ def serve(
     bind: Annotated[str | None, typer.Option(metavar="ADDR", help="Port 0: a free one.")] = None,
     config: Annotated[Path | None, typer.Option(metavar="YAML", help="Settings.")] = None,
     device: Annotated[Device, typer.Option(help="Where to compute.")] = "auto",
+    follow: Annotated[
+        str | None, typer.Option(metavar="ADDR", help="Learn nothing: mirror this daemon.")
+    ] = None,
+    server_key: ServerKey = None,
+    client_key: ClientKey = None,
 ) -> None:
     """Map what is published until SIGTERM or Ctrl-C; goes on where the map stopped."""
     with _reporting():
         from mclnf_edge.config import load_config
+        from mclnf_edge.daemon.mirror import serve_mirror
         from mclnf_edge.daemon.service import serve as run
 
         settings = load_config(config)
         address = bind or settings.wire.bind
-        code = run(settings, init, map_dir, address, device, _say_ready)
+        keys = (server_key, client_key)
+        if follow is not None:
+            if init is not None:
+                raise ConfigError("--follow: a mirror takes no --init, it learns nothing")
+            code = serve_mirror(settings, follow, keys, map_dir, address, device, _say_ready)
+        else:
+            if any(keys):
+                raise ConfigError("--server-key and --client-key: expected with --follow only")
+            code = run(settings, init, map_dir, address, device, _say_ready)
         raise typer.Exit(code)
 
 
@@ -248,6 +262,11 @@ def status(
 def _say_status(state: dict[str, Any]) -> None:
     facts = ("device", "engine", "memory_mb", "uptime_s")
     typer.echo("  ".join(f"{name} {state[name]}" for name in facts if name in state))
+    if copy := state.get("follow"):
+        typer.echo(
+            f"follows {copy['leader']}: {copy['modules']} of {copy['modules_there']} modules, "
+            f"{copy['received_bytes']} bytes over the link beside {copy['frame_bytes']} of frames"
+        )
     for stream in state.get("streams", ()):
         counts = ("accepted", "duplicate", "redundant", "rejected", "last_seq")
         told = ", ".join(f"{name} {stream[name]}" for name in counts if name in stream)
@@ -377,7 +396,7 @@ def keygen(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The daemon's folder of keys.")],
     name: Annotated[str, typer.Argument(help="server, or a client's name.")],
     role: Annotated[
-        str | None, typer.Option(metavar="ROLE[,ROLE]", help="publish, render, admin.")
+        str | None, typer.Option(metavar="ROLE[,ROLE]", help="publish, render, follow, admin.")
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -138,6 +138,15 @@ class WatchConfig(Section):
 
 
 @dataclass(frozen=True)
+class FollowConfig(Section):
+    """`serve --follow`: how often it asks, in what pieces, and how long a silence may last."""
+
+    poll_s: float = setting(2.0, above=0, high=3600)
+    chunk_bytes: int = setting(64 * 1024, 1024, MIB)
+    timeout_s: float = setting(10.0, above=0, high=3600)
+
+
+@dataclass(frozen=True)
 class ServeConfig(Section):
     """Everything `mclnf-edge serve` can be told, one section per part."""
 
@@ -148,6 +157,7 @@ class ServeConfig(Section):
     render: RenderConfig = section(RenderConfig)
     security: SecurityConfig = section(SecurityConfig)
     watch: WatchConfig = section(WatchConfig)
+    follow: FollowConfig = section(FollowConfig)
 
 
 def load_config(path: Path | None) -> ServeConfig:

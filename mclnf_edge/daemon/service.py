@@ -24,6 +24,7 @@ import numpy as np
 
 import mclnf_edge
 from mclnf_edge.config import ServeConfig
+from mclnf_edge.daemon.leader import chunk, committed
 from mclnf_edge.daemon.security import Keyring, check_role
 from mclnf_edge.daemon.sockets import Endpoint, Incoming
 from mclnf_edge.daemon.worker import RenderJob, Worker, pack_frame
@@ -42,6 +43,8 @@ from mclnf_edge.wire.messages import (
     Closed,
     CloseTask,
     Drain,
+    FetchModule,
+    Follow,
     Hello,
     Message,
     PutFrame,
@@ -109,12 +112,8 @@ def serve(
     MapMismatch, StoreError, ConfigError or DeviceError before that; afterwards nothing is raised:
     0 means drained and stopped, 1 that the compute thread failed or hung.
     """
-    _configure_logging()
-    _check_supported(config, device)
+    keyring = prepare(config, device)
     start = load_init(init)
-    keyring = None
-    if config.security.keys is not None:
-        keyring = Keyring.load(config.security.secret_file, config.security.authorised_file)
     meta: dict[str, Any] = {"init": start.digest, "field": asdict(config.field)}
     if config.map.cell_size_m != "auto":
         meta["cell_size_m"] = config.map.cell_size_m
@@ -123,12 +122,21 @@ def serve(
     ) as store:
         endpoint = Endpoint(bind, keyring)
         try:
-            return _Service(config, store, endpoint, Worker, start).run(on_ready)
+            return Service(config, store, endpoint, Worker, start).run(on_ready)
         finally:
             endpoint.close()
 
 
-class _Service:
+def prepare(config: ServeConfig, device: str) -> Keyring | None:
+    """Start the log, refuse settings that are not built yet, read the keys; raises ConfigError."""
+    _configure_logging()
+    _check_supported(config, device)
+    if config.security.keys is None:
+        return None
+    return Keyring.load(config.security.secret_file, config.security.authorised_file)
+
+
+class Service:
     """The loop's state: who greeted, what waits for a commit, who waits for a drain."""
 
     def __init__(
@@ -145,6 +153,7 @@ class _Service:
         self._notify = _Notifier()
         self._full = False
         self._commits = self._frames = 0
+        self._frame_bytes = store.frame_bytes()
 
     def run(self, on_ready: Callable[[str], None]) -> int:
         """Restore, announce, loop, stop."""
@@ -182,6 +191,7 @@ class _Service:
             try:
                 message = decode(incoming.parts)
                 check_role(incoming.user, message)
+                self._check(message)
                 if isinstance(message, PutFrame):
                     self._take(incoming, message, puts, acks)
                 else:
@@ -199,6 +209,9 @@ class _Service:
                 )
         self._flush()
         self._tell_drainers()
+
+    def _check(self, message: Message) -> None:
+        """Raise a ProtocolError for what this daemon does not take from anybody."""
 
     def _take(
         self,
@@ -261,6 +274,8 @@ class _Service:
             return
         for put, status in zip(puts, statuses, strict=True):
             acks[put.peer].append(answer(put.message, status))
+            if status == "accepted":
+                self._frame_bytes += len(put.row.payload or b"")
         self._commits += 1
         self._frames += len(puts)
         if "accepted" in statuses:
@@ -278,6 +293,10 @@ class _Service:
         elif isinstance(message, Drain):
             request = self.worker.drain(message.close)
             self._drainers.append(_Drainer(peer, message.id, request, 0.0))
+        elif isinstance(message, Follow):
+            self._send(peer, committed(self.store, message, self._frame_bytes))
+        elif isinstance(message, FetchModule):
+            self._send(peer, chunk(self.store, message))
         elif isinstance(message, PutSignal):
             raise ProtocolError("put-signal: this map holds posed frames; its streams have poses")
         else:
@@ -393,6 +412,7 @@ class _Service:
             "journal_bytes": self.store.journal_bytes(),
             "commits": self._commits,
             "frames_kept": self._frames,
+            "frame_bytes": self._frame_bytes,
             "dropped": dict(self.endpoint.dropped),
             "health": {
                 "compute_beat_s": time.monotonic() - self.worker.beat,

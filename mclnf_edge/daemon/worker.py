@@ -24,7 +24,7 @@ from mclnf_edge.images import encode_image
 from mclnf_edge.inference.renderer import Renderer
 from mclnf_edge.mapping.initialization import Initialization
 from mclnf_edge.mapping.mapper import Mapper
-from mclnf_edge.store import MapStore, module_info
+from mclnf_edge.store import MapStore, ModuleRecord, module_info
 from mclnf_edge.types import Render, View
 from mclnf_edge.wire.codec import decode
 from mclnf_edge.wire.messages import (
@@ -114,7 +114,7 @@ class Worker(threading.Thread):
         self._ends: deque[tuple[str, str | None]] = deque()
         self._last_id = 0
         self._ingested_all = False
-        self._versions = 0
+        self._versions = self._restored = 0
         self._kept: dict[str, Any] = {}
         self._checkpoint_due = time.monotonic() + config.watch.checkpoint_s
         self._rate: deque[tuple[float, float]] = deque(maxlen=40)
@@ -216,22 +216,7 @@ class Worker(threading.Thread):
 
     def _restore(self) -> None:
         for record in self.store.modules():
-            if record.state != "closed":
-                self._committed[f"{record.id}.{record.version}"] = module_info(record)
-                continue
-            try:
-                snapshot = self.store.load_module(record.id, record.version)
-                self.mapper.adopt(snapshot.arrays, snapshot.meta, record.version, record.digest)
-            except Corrupt as error:
-                log.error("task %s version %d quarantined: %s", record.id, record.version, error)
-                self.store.quarantine(record.id, record.version)
-                self._committed[f"{record.id}.{record.version}"] = {
-                    **module_info(record),
-                    "state": "quarantined",
-                }
-                continue
-            self._committed[record.id] = module_info(record)
-            self._versions += 1
+            self._adopt(record)
         kept = self.store.checkpoint_load(OPEN_WORK)
         if kept is not None:
             self.mapper.restore(*kept)
@@ -241,6 +226,24 @@ class Worker(threading.Thread):
             self._versions,
             len(self.mapper.modules) - self._versions,
         )
+
+    def _adopt(self, record: ModuleRecord) -> None:
+        """Serve a committed version from now on; a damaged one is quarantined."""
+        self._restored += 1
+        if record.state != "closed":
+            self._committed[f"{record.id}.{record.version}"] = module_info(record)
+            return
+        try:
+            snapshot = self.store.load_module(record.id, record.version)
+            self.mapper.adopt(snapshot.arrays, snapshot.meta, record.version, record.digest)
+        except Corrupt as error:
+            log.error("task %s version %d quarantined: %s", record.id, record.version, error)
+            self.store.quarantine(record.id, record.version)
+            damaged = {**module_info(record), "state": "quarantined"}
+            self._committed[f"{record.id}.{record.version}"] = damaged
+            return
+        self._committed[record.id] = module_info(record)
+        self._versions += 1
 
     def _ingest(self) -> bool:
         """Hand the ledger's next frames to the mapper, for a short while."""

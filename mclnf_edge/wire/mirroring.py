@@ -36,12 +36,16 @@ class Listed:
     def __post_init__(self) -> None:
         """Raise ProtocolError for a wrong type or a value out of range."""
         text = isinstance(self.id, str) and 1 <= len(self.id) <= 128 and self.id.isprintable()
-        whole = all(type(n) is int and 0 <= n <= MAX_MODULE_BYTES for n in (self.version, self.bytes))
+        whole = all(
+            type(n) is int and 0 <= n <= MAX_MODULE_BYTES for n in (self.version, self.bytes)
+        )
         named = isinstance(self.digest, str) and _DIGEST.fullmatch(self.digest)
         known = self.state in ("closed", "quarantined") and isinstance(self.meta, dict)
         if not (text and whole and named and known):
             told = f"{self.id!r} {self.version!r} {self.state!r} {self.bytes!r} {self.digest!r}"
-            raise ProtocolError(f"committed: expected a module with its digest, received {told:.300}")
+            raise ProtocolError(
+                f"committed: expected a module with its digest, received {told:.300}"
+            )
 
 
 def pack_list(about: Mapping[str, Any], modules: Sequence[Listed]) -> bytes:
