@@ -16,6 +16,8 @@ class TcpProxy:
 
     `delay_s` holds every byte that long; `black_hole` swallows both directions as a dead link
     does; `cut()` resets every connection; `refuse` accepts and at once resets new ones.
+    `spoil` flips a bit of that many of the next pieces of more than 1,000 bytes that come from the
+    target. `bytes_s` is the most that goes through in a second, both directions together.
     `forwarded` counts bytes.
     """
 
@@ -24,6 +26,7 @@ class TcpProxy:
         self._target = (host, int(port))
         self.delay_s = 0.0
         self.black_hole = self.refuse = False
+        self.spoil, self.bytes_s = 0, 0.0
         self.forwarded = 0
         self.connections = 0
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -108,6 +111,11 @@ class TcpProxy:
             self._pairs = [pair for pair in self._pairs if source not in pair]
             self._drop(source, sink)
         elif not self.black_hole:
+            if self.spoil and len(data) > 1_000 and (sink, source) in self._pairs:
+                self.spoil -= 1
+                data = data[:500] + bytes([data[500] ^ 1]) + data[501:]
+            if self.bytes_s:
+                time.sleep(len(data) / self.bytes_s)
             self._held.append((time.monotonic() + self.delay_s, sink, data))
 
     def _release(self) -> None:
