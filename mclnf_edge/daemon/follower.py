@@ -47,7 +47,7 @@ class Traffic:
     """What following has cost and brought since the process started."""
 
     connected: bool = False
-    refused_chunks: int = 0
+    refused: int = 0
     frame_bytes: int = 0
     total: int = 0
 
@@ -94,7 +94,7 @@ class Follower(threading.Thread):
             "received_bytes": link.received_bytes,
             "sent_bytes": link.sent_bytes,
             "frame_bytes": traffic.frame_bytes,
-            "refused_chunks": traffic.refused_chunks,
+            "refused": traffic.refused,
         }
 
     # -- one round ------------------------------------------------------------------------------
@@ -132,8 +132,7 @@ class Follower(threading.Thread):
             log.error("mirror: %s", error)
 
     def _listed(self) -> list[Listed]:
-        reply = self._ask(Follow(id=next(self._numbers), after=self.known), Committed)
-        about, modules = unpack_list(reply.body)
+        reply, about, modules = self._sound_list()
         if self.known:
             ours = self._store.modules_after(self.known - 1, 1)[0]
             if ours.digest != reply.last:
@@ -146,6 +145,15 @@ class Follower(threading.Thread):
                               "follows": about.get("map_id")})  # fmt: skip
         self.traffic.total, self.traffic.frame_bytes = reply.total, reply.frame_bytes
         return modules
+
+    def _sound_list(self) -> tuple[Committed, dict[str, Any], list[Listed]]:
+        """The next list; one that was damaged on its way is asked for again."""
+        while True:
+            reply = self._ask(Follow(id=next(self._numbers), after=self.known), Committed)
+            try:
+                return reply, *unpack_list(reply.body)
+            except ProtocolError as error:
+                self._refuse(str(error))
 
     def _copy(self, module: Listed) -> None:
         """Fetch a module and commit it."""
@@ -176,10 +184,13 @@ class Follower(threading.Thread):
             if _is_sound(asked, reply):
                 data += reply.data
             else:
-                self.traffic.refused_chunks += 1
-                log.warning("%s: a chunk at %d was damaged on its way", module.id, asked.offset)
-                self._pause(_AGAIN_S)
+                self._refuse(f"{module.id}: the chunk at {asked.offset} is not what was sent")
         return bytes(data)
+
+    def _refuse(self, what: str) -> None:
+        self.traffic.refused += 1
+        log.warning("damaged on its way, asking again: %s", what)
+        self._pause(_AGAIN_S)
 
     # -- the link -------------------------------------------------------------------------------
 
