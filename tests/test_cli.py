@@ -208,7 +208,10 @@ def test_status_as_text_and_json(daemon: EchoDaemon) -> None:
         (["render", "--span", "nan:1"], "--span: expected START:END"),
         (["demo", "--seconds", "0"], "--seconds: expected more than 0"),
         (["keygen", "keys", "drone"], "a client needs --role"),
-        (["keygen", "keys", "drone", "--role", "root"], "--role: expected publish, render, admin"),
+        (
+            ["keygen", "keys", "drone", "--role", "root"],
+            "--role: expected publish, render, follow, admin",
+        ),
     ],
 )
 def test_wrong_use_is_one_line_and_code_2(words: list[str], message: str) -> None:
