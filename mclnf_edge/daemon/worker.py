@@ -222,9 +222,9 @@ class Worker(threading.Thread):
             self.mapper.restore(*kept)
             self._kept = kept[1].get("frames", {})
         log.info(
-            "map has %d closed modules, %d open",
+            "map has %d closed versions, %d modules open",
             self._versions,
-            len(self.mapper.modules) - self._versions,
+            sum(module.row >= 0 for module in self.mapper.modules.values()),
         )
 
     def _adopt(self, record: ModuleRecord) -> None:
