@@ -1,12 +1,16 @@
 """Held-out PSNR against the daemon's CPU seconds on real captures, beside the peers' levels.
 
-    python tools/bench_stream.py [--capture boruszyn ...] [--marks 15,30,60,120,240] [--fold K]
+    python tools/bench_stream.py [--capture boruszyn ...] [--marks 15,30,60,120,240]
+    python tools/bench_stream.py --folds 1,3,5          # other held-out frames, mark 60 alone
 
 Every capture goes through a daemon of its own over its socket, all train frames at once in capture
 order; `test` frames are never sent. The clock is the daemon's CPU time from the first accepted
-frame, without the renders that this benchmark asks for. `--fold K` holds out every 8th frame from
-K on instead of the capture's own split. Rows are appended to the JSON as they come; a finished
-capture is not run again.
+frame, without the renders that this benchmark asks for. Folds hold out every 8th frame from each
+of the numbers on instead of the capture's own split. At the last mark depth is compared with the
+capture's sparse points (`points3d.ply`), and where its frames carry exact depth the surface model
+with the exact one; both are for measuring only and never sent. Rows are added to the JSON as they
+come; a finished capture is not run again. `--against FILE` pairs every view with that of another
+result.
 """
 
 from __future__ import annotations
@@ -14,23 +18,27 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import re
-import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-import mclnf_edge
-from mclnf_edge.captures import open_capture
-from mclnf_edge.client import Client
-from mclnf_edge.evaluate import evaluate
-from mclnf_edge.report import write_json
-from mclnf_edge.store import map_check
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from mclnf_edge.captures import Capture, open_capture  # noqa: E402
+from mclnf_edge.client import Client  # noqa: E402
+from mclnf_edge.evaluate import evaluate  # noqa: E402
+from mclnf_edge.images import decode_depth  # noqa: E402
+from mclnf_edge.report import write_json  # noqa: E402
+from mclnf_edge.types import Render, View  # noqa: E402
+from meta_trainer.evaluate import bootstrap  # noqa: E402
+from tools import daemons, ground, measure  # noqa: E402
+from tools.bench_unknown import points  # noqa: E402
 
 PEERS = {
     "boruszyn": {15: 13.96, 30: 15.86, 60: 17.50, 120: 18.95, 240: 19.50},
@@ -39,98 +47,192 @@ PEERS = {
 }
 """OpenSplat on two CPU cores, dB at CPU seconds: the strongest CPU peer that was measured."""
 
+MARKS = "15,30,60,120,240"
+HORIZON_S = 240.0
+"""The budget is that of a run to this mark also when the last mark comes earlier."""
+SURFACE_CELL_M = 1.0
 
-def run(path: Path, marks: list[float], fold: int | None, seed: int) -> dict[str, Any]:
+Row = dict[str, Any]
+
+
+def run(path: Path, marks: Sequence[float], fold: int | None, seed: int) -> Row:
     """One capture through one daemon; a row per mark."""
     capture = open_capture(path).fold(fold)
-    train, test = capture.split("train").frames, capture.split("test").frames
-    seconds = 1.5 * marks[-1] / len(train)
-    with tempfile.TemporaryDirectory() as scratch:
-        config = Path(scratch) / "bench.yaml"
-        config.write_text(
-            f"adapt: {{budget_s_per_frame: {seconds}, passes: 1000, seed: {seed}}}\n"
-            "map: {inactivity_s: 100000}\n"
-        )
-        words = ["serve", "--map", f"{scratch}/map", "--bind", "tcp://127.0.0.1:0"]
-        daemon = subprocess.Popen(
-            [sys.executable, "-m", "mclnf_edge.cli", *words, "--config", str(config)],
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
-        assert daemon.stdout is not None
-        match = re.match(r"ready (\S+)", daemon.stdout.readline())
-        assert match is not None
-        rows, status = [], {}
-        with Client(match[1], give_up_s=300) as client:
-            client.hello(stream=capture.name, world=capture.world)
-            start = client.status()["cpu_s"]
-            counts = client.publish(train)
-            for mark in marks:
-                while True:
-                    status = client.status()
-                    used = status["cpu_s"] - status["render_cpu_s"] - start
-                    if used >= mark:
-                        break
-                    time.sleep(0.2)
-                figures = evaluate(capture, client.render, "test")
-                after = client.status()
-                spent = after["render_cpu_s"] - status["render_cpu_s"]
-                row = {"mark_s": mark, "cpu_s": used, "steps": status["steps"]}
-                row |= {
-                    k: figures[k] for k in ("psnr", "psnr_known", "psnr_aligned", "ssim", "known")
-                }
-                row["render_cpu_s"] = spent / max(after["renders"] - status["renders"], 1)
-                row["views"] = figures["views"]
-                rows.append(row)
-                peer = PEERS.get(capture.name, {}).get(int(mark)) if fold is None else None
-                print(
-                    f"{capture.name} {mark:.0f} s: {row['psnr']:.2f} dB, "
-                    f"known {row['known']:.3f}, SSIM {row['ssim']:.3f}, peer {peer}",
-                    flush=True,
-                )
-        daemon.terminate()
-        daemon.wait(60)
-        problems = len(map_check(Path(scratch) / "map"))
+    train = list(daemons.published(capture))
+    seconds = 1.5 * max(HORIZON_S, marks[-1]) / len(train)
+    settings = {
+        "adapt": {"budget_s_per_frame": seconds, "passes": 1000.0, "seed": seed},
+        "map": {"inactivity_s": 100000.0},
+    }
+    with daemons.daemon(settings) as running, Client(running.address, give_up_s=300) as client:
+        client.hello(stream=capture.name, world=capture.world)
+        start, began = daemons.busy_s(client.status()), time.monotonic()
+        counts = client.publish(train)
+        accepting = time.monotonic() - began
+        rows, renders = [], []
+        for mark in marks:
+            row, renders = at_mark(client, capture, mark, start)
+            rows.append(row)
+            say(capture.name, fold, row)
+        status = client.status()
+        shape = shapes(path, capture, renders)
     return {
         "capture": capture.name, "fold": fold, "seed": seed, "sent": len(train),
-        "held_out": [f.name for f in test], "accepted": counts["accepted"], "rows": rows,
-        "modules": len(status["modules"]), "cell_size_m": status["cell_size_m"],
-        "peak_memory_mb": status["peak_memory_mb"], "map_problems": problems,
+        "held_out": [f.name for f in capture.split("test").frames],
+        "accepted": counts["accepted"], "accepted_per_s": counts["accepted"] / accepting,
+        "rows": rows, "shape": shape, "modules": len(status["modules"]),
+        "cell_size_m": status["cell_size_m"], "peak_memory_mb": status["peak_memory_mb"],
+        "map_problems": running.problems,
     }  # fmt: skip
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    with open("/proc/cpuinfo") as file:
-        model = next((line.split(":")[1].strip() for line in file if "model name" in line), "?")
-    versions = {"python": platform.python_version(), "numpy": np.__version__}
-    return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg(),
-            "mclnf_edge": mclnf_edge.__version__, **versions}  # fmt: skip
+def at_mark(
+    client: Client, capture: Capture, mark: float, start: float
+) -> tuple[Row, list[Render]]:
+    """Wait for a mark, then render the held-out views: the figures and the renders."""
+    while (used := daemons.busy_s(status := client.status()) - start) < mark:
+        time.sleep(0.2)
+    renders: list[Render] = []
+
+    def render(view: View) -> Render:
+        renders.append(client.render(view))
+        return renders[-1]
+
+    began = time.monotonic()
+    figures = evaluate(capture, render, "test")
+    waited, after = time.monotonic() - began, client.status()
+    count = max(after["renders"] - status["renders"], 1)
+    row = {"mark_s": mark, "cpu_s": used, "steps": status["steps"]}
+    row |= {k: figures[k] for k in ("psnr", "psnr_known", "psnr_aligned", "ssim", "known")}
+    row["render_cpu_s"] = (after["render_cpu_s"] - status["render_cpu_s"]) / count
+    row |= {"render_wall_s": waited / count, "steps_per_cpu_s": status["steps"] / used}
+    return row | {"views": figures["views"]}, renders
+
+
+def shapes(path: Path, capture: Capture, renders: Sequence[Render]) -> Row:
+    """Depth errors of the held-out renders: at sparse points and of the surface model."""
+    found: Row = {}
+    frames = list(capture.split("test").frames)
+    if (path / "points3d.ply").exists():
+        at = ground.read_ply(path / "points3d.ply")
+        pairs = zip(frames, renders, strict=True)
+        errors = np.concatenate([ground.sparse_errors(f, r.depth, at) for f, r in pairs])
+        found["sparse_points"] = {
+            "median_m": float(np.median(errors)) if len(errors) else None,
+            "within_1_m": float((errors < 1).mean()) if len(errors) else None,
+            "points": len(errors),
+        }
+    exact: list[npt.NDArray[np.float64]] = []
+    shown: list[npt.NDArray[np.float64]] = []
+    for frame, done in zip(frames, renders, strict=True):
+        if frame.depth is not None:
+            truth = decode_depth(frame.depth, frame.depth_scale_m, frame.camera)
+            exact.append(points(frame, truth))
+            shown.append(points(frame, done.depth))
+    if exact:
+        found["surface_model"] = ground.surface_error(
+            np.concatenate(exact), np.concatenate(shown), SURFACE_CELL_M
+        )
+    return found
+
+
+def say(name: str, fold: int | None, row: Row) -> None:
+    """One mark in words, as it comes."""
+    peer = PEERS.get(name, {}).get(int(row["mark_s"])) if fold is None else None
+    split = "own split" if fold is None else f"fold {fold}"
+    print(
+        f"{name}, {split}, {row['mark_s']:.0f} s: {row['psnr']:.2f} dB, known {row['known']:.3f}, "
+        f"SSIM {row['ssim']:.3f}, peer {peer}",
+        flush=True,
+    )
+
+
+def views_at(runs: Sequence[Row], mark: float) -> dict[str, float]:
+    """View -> PSNR in dB at a mark, over captures, folds and seeds."""
+    return {
+        f"{run['capture']}/{run['fold']}/{run['seed']}/{view['frame']}": view["psnr"]
+        for run in runs
+        for row in run["rows"]
+        if row["mark_s"] == mark
+        for view in row["views"]
+    }
+
+
+def summarise(runs: Sequence[Row], other: Sequence[Row] = ()) -> Row:
+    """Per capture and over all: mean PSNR at each mark with its interval, each mark against the
+    one before in pairs of views, and each against `other` runs' same views.
+    """
+    out: Row = {}
+    marks = sorted({row["mark_s"] for run in runs for row in run["rows"]})
+    for name in [*dict.fromkeys(run["capture"] for run in runs), "all"]:
+        here = [run for run in runs if name in ("all", run["capture"])]
+        there = [run for run in other if name in ("all", run["capture"])]
+        out[name] = {}
+        for before, mark in zip([None, *marks], marks, strict=False):
+            views = views_at(here, mark)
+            low, high = bootstrap(list(views.values()))
+            found: Row = {"psnr": np.mean(list(views.values())) if views else None}
+            found |= {"interval": [low, high], "views": len(views)}
+            if before is not None:
+                found["gain_since_mark_before"] = measure.pair(views, views_at(here, before))
+            if there:
+                found["against_other"] = measure.pair(views, views_at(there, mark))
+            out[name][f"{mark:.0f}"] = found
+    return out
+
+
+def plot(runs: Sequence[Row], path: Path) -> None:
+    """A panel per capture: PSNR against CPU seconds beside the peer's; folds as crosses."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(run["capture"] for run in runs))
+    figure = Figure(figsize=(4 * len(names), 3.4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for run in (run for run in runs if run["capture"] == name):
+            marks = [row["mark_s"] for row in run["rows"]]
+            values = [row["psnr"] for row in run["rows"]]
+            if run["fold"] is None:
+                axes.plot(marks, values, "o-", color="C0", label="this daemon")
+            else:
+                axes.plot(marks, values, "x", color="C2", label=f"fold {run['fold']}")
+        peer = PEERS.get(name, {})
+        if peer:
+            axes.plot(list(peer), list(peer.values()), "s--", color="C1", label="OpenSplat")
+        axes.set(title=name, xlabel="CPU seconds", ylabel="held-out PSNR (dB)")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
-    """Read the arguments, run what is missing, write the JSON."""
+    """Read the arguments, run what is missing, write the JSON and the plot."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    data = Path(os.environ.get("MCLNF_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    data = Path(os.environ.get("MCLNF_DATA", ROOT.parent / "shared" / "data"))
     parser.add_argument("--capture", nargs="*", default=["boruszyn", "ochota_a", "brighton"])
-    parser.add_argument("--marks", default="15,30,60,120,240")
-    parser.add_argument("--fold", type=int, default=None)
+    parser.add_argument("--marks", help=f"CPU seconds; default {MARKS}, with --folds 60")
+    parser.add_argument("--folds", help="held-out offsets 0 to 7, comma-separated")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "results" / "bench_stream.json"
-    )
+    parser.add_argument("--out", type=Path, default=ROOT / "tools/results/bench_stream.json")
+    parser.add_argument("--against", type=Path, help="another result to pair the views with")
     args = parser.parse_args()
-    marks = [float(m) for m in args.marks.split(",")]
+    folds = [int(f) for f in args.folds.split(",")] if args.folds else [None]
+    marks = [float(m) for m in (args.marks or ("60" if args.folds else MARKS)).split(",")]
     known = json.loads(args.out.read_text())["runs"] if args.out.exists() else []
-    for name in args.capture:
-        path = Path(name) if Path(name).is_dir() else data / "drone" / name
-        key = (path.name, args.fold, args.seed)
-        if any((r["capture"], r["fold"], r["seed"]) == key for r in known):
-            continue
-        load = machine()
-        known.append(run(path, marks, args.fold, args.seed) | {"machine": load})
-        write_json(args.out, {"peers": PEERS, "runs": known})
+    other = json.loads(args.against.read_text())["runs"] if args.against else []
+    for fold in folds:
+        for name in args.capture:
+            path = Path(name) if Path(name).is_dir() else data / "drone" / name
+            key = (path.name, fold, args.seed)
+            if any((r["capture"], r["fold"], r["seed"]) == key for r in known):
+                continue
+            load = measure.machine()
+            known.append(run(path, marks, fold, args.seed) | {"machine": load})
+            write_json(
+                args.out, {"peers": PEERS, "summary": summarise(known, other), "runs": known}
+            )
+            plot(known, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

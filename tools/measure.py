@@ -7,6 +7,8 @@ import json
 import math
 import os
 import platform
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,18 +64,37 @@ def find(results: dict[str, Any], **key: Any) -> dict[str, Any] | None:
 
 def save(path: Path, results: dict[str, Any]) -> None:
     """Write the results with what they were measured on."""
+    results["machine"] = machine()
+    write_json(path, results)
+
+
+def machine() -> dict[str, Any]:
+    """What a figure is measured on and with: processor, load, versions, commit, command."""
     with open("/proc/cpuinfo", encoding="utf-8") as file:
         named = [line.split(":")[1].strip() for line in file if "model name" in line]
-    results["machine"] = {
+    return {
         "cpu": named[0] if named else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "load": [round(v, 2) for v in os.getloadavg()],
         "mclnf_edge": mclnf_edge.__version__,
+        "commit": commit(),
         "python": platform.python_version(),
         "numpy": np.__version__,
         "numba": numba.__version__,
+        "command": command(sys.argv),
     }
-    write_json(path, results)
+
+
+def command(words: list[str]) -> str:
+    """The command line with every path of this machine shortened to its last name."""
+    return " ".join(["python", *(Path(w).name if w.startswith("/") else w for w in words)])
+
+
+def commit() -> str | None:
+    """The checkout's commit, with a + when something differs from it; None outside a checkout."""
+    asked = ["git", "describe", "--always", "--dirty=+", "--abbrev=10"]
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() or None
 
 
 def pair(a: Views, b: Views) -> dict[str, Any]:

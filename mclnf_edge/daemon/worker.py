@@ -418,8 +418,10 @@ class Worker(threading.Thread):
         learning = [m for m in mapper.modules.values() if m.row >= 0]
         done = mapper.progress()
         self._rate.append((now, done))
-        held = not self._ingested_all or any(True for _ in self.store.held_frames(self._last_id, 1))
-        finished = not held and (not mapper.frames if draining else done >= 1)
+        backlog = self.store.count_held(self._last_id)
+        finished = (
+            self._ingested_all and not backlog and (not mapper.frames if draining else done >= 1)
+        )
         with self._wake:
             if finished and asked == self._drains:
                 self._drain = False
@@ -438,6 +440,10 @@ class Worker(threading.Thread):
             "engine": _COMPUTE_ENGINE,
             "steps": mapper.optimizer.steps,
             "frames_held": len(mapper.frames),
+            "frames_waiting": backlog,
+            "frames_short": sum(
+                f.rays < self.config.adapt.min_rays_per_frame for f in mapper.frames.values()
+            ),
             "cell_size_m": None if mapper.pool is None else mapper.pool.cell_m,
             "psnr": mapper.psnr,
             "progress": done,

@@ -176,6 +176,12 @@ class Ledger:
             yield frame
             after_id, limit = frame.id, None if limit is None else limit - 1
 
+    def count_held(self, after_id: int = 0) -> int:
+        """How many frames after `after_id` have their payload kept."""
+        sql = "SELECT count(*) FROM frames WHERE id > ? AND state = 'held'"
+        [[count]] = self.database.rows(sql, (after_id,))
+        return int(count)
+
     def mark_frames(self, marks: Mapping[int, Mapping[str, Sequence[str]]]) -> None:
         """Record each frame's `tasks`, by frame id."""
         with self.database.transaction() as connection:

@@ -161,6 +161,10 @@ class MapStore:
         """See `Ledger.held_frames`."""
         return self.ledger.held_frames(after_id, limit)
 
+    def count_held(self, after_id: int = 0) -> int:
+        """See `Ledger.count_held`."""
+        return self.ledger.count_held(after_id)
+
     def mark_frames(self, marks: Mapping[int, Mapping[str, Sequence[str]]]) -> None:
         """See `Ledger.mark_frames`."""
         self.ledger.mark_frames(marks)

@@ -82,6 +82,9 @@ def test_held_frames_come_in_order_and_survive(store: MapStore, tmp_path: Path) 
             (7, b"\x07", ()),
         ]
         assert [f.seq for f in again.held_frames(after_id=held[0].id, limit=1)] == [2]
+        assert again.count_held() == 3 and again.count_held(after_id=held[0].id) == 2
+        again.let_go({held[1].id: 7})
+        assert again.count_held() == 2 and again.count_held(after_id=held[0].id) == 1
 
 
 def test_a_module_comes_back_as_committed(store: MapStore) -> None:
