@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,8 @@ sys.path.insert(0, str(ROOT))
 from mclnf_edge.engine.field import random_mlp  # noqa: E402
 from mclnf_edge.mapping.initialization import Initialization, load_init  # noqa: E402
 from meta_trainer.city_init import F32, Episode  # noqa: E402
+from tools import measure  # noqa: E402
 
-CAPTURES = ("brighton", "boruszyn", "ochota_a")
 STARTS = ("random", "meta")
 MARKS = (0, 1, 4, 16, 64, 256, 1024)
 FACTORS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
@@ -38,7 +37,7 @@ SHRINK = 3
 def main() -> int:
     """Measure the captures named, write the results after each run."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("captures", nargs="*", default=list(CAPTURES))
+    parser.add_argument("captures", nargs="*", default=list(measure.CAPTURES))
     beside = ROOT.parent / "shared" / "data"
     data = Path(os.environ.get("MCLNF_DATA", beside)) / "drone"
     parser.add_argument("--data", type=Path, default=data, help="folder of the captures")
@@ -54,13 +53,13 @@ def main() -> int:
             continue
         episode = Episode(options.data / name, None)
         for start in STARTS:
-            measure(episode, entry[start], start, init.mlp, options.seeds, options.out, results)
+            run_start(episode, entry[start], start, init.mlp, options.seeds, options.out, results)
     for name, entry in results["captures"].items():
         print(name, json.dumps(entry.get("summary")))
     return 0
 
 
-def measure(
+def run_start(
     episode: Episode,
     entry: dict[str, Any],
     start: str,
@@ -171,30 +170,16 @@ def _open(path: Path, init: Initialization) -> dict[str, Any]:
 
 
 def _save(path: Path, results: dict[str, Any]) -> None:
-    import numba
-
-    import mclnf_edge
-
     for entry in results["captures"].values():
         entry["summary"] = summarise(entry)
     results |= {
-        "machine": {
-            "processor": platform.machine(),
-            "cpus": os.cpu_count(),
-            "engine_threads": 1,
-            "load_average": [round(value, 2) for value in os.getloadavg()],
-        },
-        "versions": {
-            "mclnf_edge": mclnf_edge.__version__,
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "numba": numba.__version__,
-        },
+        "machine": measure.machine(),
         "protocol": {
             "factors": FACTORS,
             "tuned_on": f"train-frame loss after {TUNE_STEPS} steps, seed 0",
             "test_pictures": f"1/{SHRINK} of their width, never sent to the mapper",
             "rate_schedule": "by rays, no time budget",
+            "engine_threads": 1,
         },
     }
     path.parent.mkdir(parents=True, exist_ok=True)
