@@ -8,7 +8,7 @@ PSNR must not fall, and no closed version's digest may change.
 
     python tools/make_city.py DIR --blocks 12 --seed 900 --flight 1000 --exposure-drift 0.15
 
-`--frames N` sends only the first N; a stopped run begins anew, as a daemon's CPU clock does.
+`--frames N` flies only the first N, held-out ones among them; a stopped run begins anew, as a daemon's CPU clock does.
 Against the frame number are recorded: frames acknowledged but not yet trained to their minimum
 (lag), those of them not yet read (backlog), memory, modules, journal. Then the daemon drains, and
 held-out PSNR and the surface model against the exact depth are taken. Both add their part to one
@@ -23,6 +23,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mclnf_edge.captures import Capture, open_capture  # noqa: E402
+from mclnf_edge.captures import Capture, Frames, open_capture  # noqa: E402
 from mclnf_edge.client import Client  # noqa: E402
 from mclnf_edge.evaluate import evaluate  # noqa: E402
 from mclnf_edge.report import write_json  # noqa: E402
@@ -115,7 +116,8 @@ def lost(stages: Sequence[Row]) -> dict[str, Row]:
 
 def flight(path: Path, frames: int, rate_hz: float, seconds: float, seed: int) -> Row:
     """One long flight in real time; a sample of the daemon's state every SAMPLE_S seconds."""
-    capture = open_capture(path)
+    whole = open_capture(path)
+    capture = replace(whole, frames=Frames(whole.frames.records[:frames]))
     settings = {"adapt": {"budget_s_per_frame": seconds, "seed": seed}}
     with (
         daemons.daemon(settings) as running,
@@ -124,7 +126,7 @@ def flight(path: Path, frames: int, rate_hz: float, seconds: float, seed: int) -
     ):
         client.hello(stream=capture.name, world=capture.world)
         began = time.monotonic()
-        samples, sent = send(client, capture, frames, rate_hz, began)
+        samples, sent = send(client, capture, rate_hz, began)
         first, flown = daemons.digests(client.status()), time.monotonic() - began
         for _ in client.drain():
             samples.append(sample(watcher, began, sent))
@@ -139,7 +141,7 @@ def flight(path: Path, frames: int, rate_hz: float, seconds: float, seed: int) -
         status = client.status()
         shape = shapes(path, capture, renders)
     return {
-        "flight": city(path), "sent": sent, "rate_hz": rate_hz, "settings": settings,
+        "flight": city(path), "frames": len(capture), "sent": sent, "rate_hz": rate_hz, "settings": settings,
         "counts": {k: status["streams"][0][k] for k in ("accepted", "redundant", "rejected")},
         "samples": samples, "drain_s": drained, **costs(status), "shape": shape,
         "peak_memory_mb": status["peak_memory_mb"], "map_problems": running.problems,
@@ -151,15 +153,11 @@ def flight(path: Path, frames: int, rate_hz: float, seconds: float, seed: int) -
     }  # fmt: skip
 
 
-def send(
-    client: Client, capture: Capture, frames: int, rate_hz: float, began: float
-) -> tuple[list[Row], int]:
-    """The first `frames` train frames in time: samples, and how many were sent."""
+def send(client: Client, capture: Capture, rate_hz: float, began: float) -> tuple[list[Row], int]:
+    """The train frames in time: samples, and how many were sent."""
     due, sent = 0.0, 0
     samples: list[Row] = []
     for frame in daemons.published(capture):
-        if sent == frames:
-            break
         while (now := time.monotonic() - began) < sent / rate_hz or now >= due:
             if now >= due:
                 due = now + SAMPLE_S
