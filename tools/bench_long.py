@@ -8,11 +8,10 @@ PSNR must not fall, and no closed version's digest may change.
 
     python tools/make_city.py DIR --blocks 12 --seed 900 --flight 1000 --exposure-drift 0.15
 
-`--frames N` flies only the first N, held-out ones among them; a stopped run begins anew, as a daemon's CPU clock does.
-Against the frame number are recorded: frames acknowledged but not yet trained to their minimum
-(lag), those of them not yet read (backlog), memory, modules, journal. Then the daemon drains, and
-held-out PSNR and the surface model against the exact depth are taken. Both add their part to one
-JSON and plot.
+`--frames N` flies only the first N, held-out ones among them. Against the frame number are
+recorded: frames acknowledged but not yet trained to their minimum (lag), those of them not yet read
+(backlog), memory, modules, journal. Then the daemon drains, and held-out PSNR and the surface model
+against the exact depth are taken. Both add their part to one JSON and plot.
 """
 
 from __future__ import annotations
@@ -141,7 +140,8 @@ def flight(path: Path, frames: int, rate_hz: float, seconds: float, seed: int) -
         status = client.status()
         shape = shapes(path, capture, renders)
     return {
-        "flight": city(path), "frames": len(capture), "sent": sent, "rate_hz": rate_hz, "settings": settings,
+        "flight": city(path), "frames": len(capture), "sent": sent,
+        "rate_hz": rate_hz, "settings": settings,
         "counts": {k: status["streams"][0][k] for k in ("accepted", "redundant", "rejected")},
         "samples": samples, "drain_s": drained, **costs(status), "shape": shape,
         "peak_memory_mb": status["peak_memory_mb"], "map_problems": running.problems,

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("numba")
 
 from mclnf_edge.captures import open_capture  # noqa: E402
-from mclnf_edge.errors import CaptureError  # noqa: E402
+from mclnf_edge.errors import CaptureError, MclnfError  # noqa: E402
 from mclnf_edge.types import Camera, Frame  # noqa: E402
 from tools import bench_live, bench_long, bench_stream, daemons, ground, measure  # noqa: E402
 from tools.bench_unknown import points  # noqa: E402
@@ -191,6 +191,12 @@ def test_the_status_gives_clock_lag_and_digests() -> None:
     }  # fmt: skip
     assert daemons.busy_s(status) == 6.5 and daemons.lag(status) == 7
     assert daemons.digests(status) == {"m.2": "d"} and daemons.open_modules(status) == 1
+
+
+def test_a_daemon_that_does_not_start_says_why() -> None:
+    unknown = {"adapt": {"pases": 1}}
+    with pytest.raises(MclnfError, match="did not start.*pases"), daemons.daemon(unknown):
+        pytest.fail("a daemon with an unknown setting must not start")
 
 
 def test_a_command_names_no_folder_of_this_machine() -> None:
