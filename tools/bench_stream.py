@@ -69,7 +69,8 @@ def run(path: Path, marks: Sequence[float], fold: int | None, seed: int) -> Row:
         start, began = daemons.busy_s(client.status()), time.monotonic()
         counts = client.publish(train)
         accepting = time.monotonic() - began
-        rows, renders = [], []
+        rows: list[Row] = []
+        renders: list[Render] = []
         for mark in marks:
             row, renders = at_mark(client, capture, mark, start)
             rows.append(row)
