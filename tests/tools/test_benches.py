@@ -12,7 +12,15 @@ pytest.importorskip("numba")
 from mclnf_edge.captures import open_capture  # noqa: E402
 from mclnf_edge.errors import CaptureError, MclnfError  # noqa: E402
 from mclnf_edge.types import Camera, Frame  # noqa: E402
-from tools import bench_live, bench_long, bench_stream, daemons, ground, measure  # noqa: E402
+from tools import (  # noqa: E402
+    bench_live,
+    bench_long,
+    bench_stream,
+    daemons,
+    ground,
+    measure,
+    table_stream,
+)
 from tools.bench_unknown import points  # noqa: E402
 
 CAMERA = Camera(40, 20, 20.0, 20.0, 20.0, 10.0)
@@ -164,6 +172,17 @@ def test_marks_are_paired_over_captures_and_folds() -> None:
     assert found["a"]["60"]["views"] == 8 and found["all"]["60"]["views"] == 12
     assert found["b"]["60"]["against_other"]["difference_db"] == 0.5
     assert "gain_since_mark_before" not in found["a"]["30"]
+
+
+def test_the_readme_table_has_the_difference_to_the_peer() -> None:
+    row = {"mark_s": 60.0, "psnr": 21.25, "ssim": 0.6, "steps_per_cpu_s": 20.4, "render_cpu_s": 1.5}
+    run = {"capture": "a", "rows": [row], "peak_memory_mb": 700.4, "accepted_per_s": 60.2}
+    run["shape"] = {"sparse_points": {"median_m": 0.456}}
+    head, rule, line = table_stream.quality([run], {"a": {"60": 20.0}})
+    assert head == "| capture | 60 s | SSIM | peak memory |" and rule == "|---|---|---|---|"
+    assert line == "| a | 21.25 (+1.25) | 0.60 | 700 MB |"
+    assert table_stream.quality([run], {})[2] == "| a | 21.25 | 0.60 | 700 MB |"
+    assert table_stream.costs([run])[2] == "| a | 60 | 20.4 | 1.50 | 0.46 m |"
 
 
 def test_a_changed_digest_and_a_lost_view_are_found() -> None:
