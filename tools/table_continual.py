@@ -152,7 +152,8 @@ class Stage:
         else:
             row |= self._fast(method, mapper, first, own)
         spent = time.process_time() - began
-        return row | {"first_task": first, "own_task": own, "cpu_s": round(spent, 1)}
+        row |= {"first_task": first, "own_task": own, "cpu_s": round(spent, 1)}
+        return row | {"commit": measure.commit()}
 
     def _fast(
         self, method: str, mapper: streams.StreamMapper, first: Curves, own: Curves
