@@ -25,6 +25,9 @@ from numba import float32, njit
 from mclnf_edge.engine.simd import make_gather, make_matvec, make_outer, make_scatter
 
 JIT: dict[str, Any] = {"nogil": True, "fastmath": True, "error_model": "numpy", "cache": True}
+INNER: dict[str, Any] = {**JIT, "_nrt": False}
+"""For what runs inside a kernel and allocates nothing: without it numba counts the references to
+every array a function is handed, in atomic operations that two threads then fight over."""
 CHANNELS = 4
 HIDDEN = 32
 INPUTS = 32
@@ -51,6 +54,7 @@ _outer_h, outer_o = make_outer(HIDDEN), make_outer(OUTPUTS)
 _gather, _scatter = make_gather(CHANNELS), make_scatter(CHANNELS)
 
 F32 = npt.NDArray[np.float32]
+_ONE = float32(1)
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,14 @@ def random_features(layout: Layout, seed: int = 0) -> F32:
     return random.uniform(-0.05, 0.05, layout.features).astype(np.float32)
 
 
-@njit(**JIT)
+@njit(**INNER)
+def whole(x):
+    """The largest whole number that is not above x; numba's own floor is a call."""
+    i = int(x)
+    return i - 1 if x < i else i
+
+
+@njit(**INNER)
 def texel(planes, p, u, e):
     """(first texel, its upper neighbour, and the four bilinear weights) of plane p at u[e]."""
     nu, nv = planes[p, 2], planes[p, 3]
@@ -108,27 +119,45 @@ def texel(planes, p, u, e):
     return b, b + nu * CHANNELS, float32(1) - au - av + w11, au - w11, av - w11, w11
 
 
-@njit(**JIT)
+@njit(**INNER)
+def _sin_cos(turns):
+    """sin and cos of 2 pi `turns`, to 1e-6: Taylor series of the half angle, then doubled."""
+    a = (turns - float32(whole(turns + float32(0.5)))) * float32(math.pi)
+    q = a * a
+    s = float32(-1 / 39916800)
+    for k in (362880.0, -5040.0, 120.0, -6.0, 1.0):
+        s = s * q + float32(1 / k)
+    c = float32(-1 / 3628800)
+    for k in (40320.0, -720.0, 24.0, -2.0, 1.0):
+        c = c * q + float32(1 / k)
+    s *= a
+    return float32(2) * s * c, _ONE - float32(2) * s * s
+
+
+@njit(**INNER)
 def encode(features, first, planes, u, e, hz, x):
     """Write the INPUTS of sample e into x; `hz` is in units."""
     xo = e * INPUTS
     for p in range(planes.shape[0]):
         b, b2, w00, w10, w01, w11 = texel(planes, p, u, e)
         _gather(x, xo + p * CHANNELS, features, first + b, first + b2, w00, w10, w01, w11)
-    at = xo + planes.shape[0] * CHANNELS
-    uz = u[e, 2]
+    encode_heights(u[e, 2], hz, x, xo + planes.shape[0] * CHANNELS)
+
+
+@njit(forceinline=True, **INNER)
+def encode_heights(uz, hz, x, at):
+    """Write what follows the planes' features to x[at:]; `hz` is in units."""
+    s, c = _sin_cos(uz)
     x[at] = uz
-    for band in range(2):
-        angle = float32(2 * math.pi) * uz * float32(1 + band)
-        x[at + 1 + 2 * band] = math.sin(angle)
-        x[at + 2 + 2 * band] = math.cos(angle)
+    x[at + 1], x[at + 2] = s, c
+    x[at + 3], x[at + 4] = float32(2) * s * c, c * c - s * s
     x[at + 5] = min(max(hz / float32(1.5), float32(-3)), float32(3))
     x[at + 6] = min(max(hz / float32(6), float32(-3)), float32(3))
-    for i in range(at + 7, xo + INPUTS):
+    for i in range(at + 7, (at // INPUTS + 1) * INPUTS):
         x[i] = float32(0)
 
 
-@njit(**JIT)
+@njit(**INNER)
 def mlp(w, first, x, h1, h2, o, e):
     """Run the MLP of the module at `first` on sample e; keeps both hidden layers."""
     _matvec_h(h1, e * HIDDEN, w, first + B1, w, first, x, e * INPUTS, INPUTS)
@@ -142,7 +171,7 @@ def mlp(w, first, x, h1, h2, o, e):
         o[e * OUTPUTS + 1 + c] += x[e * INPUTS + c]
 
 
-@njit(**JIT)
+@njit(**INNER)
 def transpose(w, wt, slots):
     """Refresh the transposed weights of the modules in `slots`."""
     for s in slots:
@@ -157,7 +186,7 @@ def transpose(w, wt, slots):
                 wt[t + T3 + c * HIDDEN + k] = w[a + W3 + k * OUTPUTS + c]
 
 
-@njit(**JIT)
+@njit(**INNER)
 def mlp_backward(wt, t, grad, g, x, h1, h2, e, do, dx, d1, d2, zero):
     """Add sample e's parameter gradient to grad[g:], write the input gradient to dx."""
     for c in range(4):
@@ -180,7 +209,7 @@ def mlp_backward(wt, t, grad, g, x, h1, h2, e, do, dx, d1, d2, zero):
         dx[c] += do[1 + c]
 
 
-@njit(**JIT)
+@njit(**INNER)
 def encode_backward(grad, first, planes, u, e, dx, touched, queue, n):
     """Scatter dx into the planes' gradient; queues each texel once, returns the queue's length."""
     for p in range(planes.shape[0]):

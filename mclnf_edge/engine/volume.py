@@ -22,6 +22,7 @@ from numba import float32, njit, uint64
 from mclnf_edge.engine.field import (
     B3,
     HIDDEN,
+    INNER,
     INPUTS,
     JIT,
     MLP_SIZE,
@@ -34,6 +35,7 @@ from mclnf_edge.engine.field import (
     mlp,
     mlp_backward,
     outer_o,
+    whole,
 )
 
 F32 = npt.NDArray[np.float32]
@@ -46,7 +48,7 @@ FAR = 8
 MARGIN = 0.06
 """Share of a cell's edge over which neighbours blend, on either side of the border."""
 
-_MOST = 4  # modules that can know one point
+MOST = 4  # modules that can know one point
 _ONE = float32(1)
 
 
@@ -102,7 +104,7 @@ class Tape(NamedTuple):
 
 def make_tape(rays: int, samples: int) -> Tape:
     """Room for `rays` x `samples`; a sample near a corner of cells has up to four evaluations."""
-    evals = rays * samples * _MOST
+    evals = rays * samples * MOST
 
     def floats(*shape: int) -> F32:
         return np.zeros(shape, np.float32)
@@ -130,7 +132,7 @@ def make_tape(rays: int, samples: int) -> Tape:
     )
 
 
-@njit(**JIT)
+@njit(**INNER)
 def _next(state):
     """xorshift64."""
     state ^= state << uint64(13)
@@ -139,7 +141,7 @@ def _next(state):
     return state
 
 
-@njit(**JIT)
+@njit(**INNER)
 def _seed(seed, ray):
     z = uint64(seed) * uint64(0x9E3779B97F4A7C15) + uint64(ray + 1) * uint64(0xBF58476D1CE4E5B9)
     z ^= z >> uint64(30)
@@ -147,18 +149,18 @@ def _seed(seed, ray):
     return _next((z ^ (z >> uint64(31))) | uint64(1))
 
 
-@njit(**JIT)
+@njit(**INNER)
 def _unit(state):
     return float32((state >> uint64(40)) * (1.0 / 16777216.0))
 
 
-@njit(**JIT)
+@njit(**INNER)
 def cell_hash(level, ix, iy):
     """Where a cell's search in the table begins, before the table's mask."""
     return (ix * 73856093) ^ (iy * 19349663) ^ (level * 83492791)
 
 
-@njit(**JIT)
+@njit(**INNER)
 def _cell_slot(cells, level, ix, iy):
     mask = cells.shape[0] - 1
     at = cell_hash(level, ix, iy) & mask
@@ -169,7 +171,7 @@ def _cell_slot(cells, level, ix, iy):
     return -1
 
 
-@njit(**JIT)
+@njit(forceinline=True, **INNER)
 def gate(scene, x, y, slots, share):
     """Fill `slots` and `share` (sums to 1) with the modules that know (x, y); returns how many.
 
@@ -177,9 +179,9 @@ def gate(scene, x, y, slots, share):
     """
     for outer in range(2):
         level = 2 * scene.site + outer
-        edge = float32(scene.cell) * float32(1 if outer == 0 else FAR)
-        fx, fy = x / edge, y / edge
-        ix, iy = int(math.floor(fx)), int(math.floor(fy))
+        inverse = _ONE / (float32(scene.cell) * float32(1 if outer == 0 else FAR))
+        fx, fy = x * inverse, y * inverse
+        ix, iy = whole(fx), whole(fy)
         ax, ay = float32(fx - ix), float32(fy - iy)
         nx, wx = 0, _ONE
         if ax < MARGIN:
@@ -191,6 +193,11 @@ def gate(scene, x, y, slots, share):
             ny, wy = -1, float32(0.5) + float32(0.5) * ay / float32(MARGIN)
         elif ay > 1 - MARGIN:
             ny, wy = 1, float32(0.5) + float32(0.5) * (1 - ay) / float32(MARGIN)
+        if nx == 0 and ny == 0:
+            slots[0], share[0] = _cell_slot(scene.cells, level, ix, iy), _ONE
+            if slots[0] >= 0:
+                return 1
+            continue
         n, total = 0, float32(0)
         for a in range(2 if nx != 0 else 1):
             for b in range(2 if ny != 0 else 1):
@@ -207,28 +214,59 @@ def gate(scene, x, y, slots, share):
     return 0
 
 
-@njit(**JIT)
-def _voxel(scene, x, y, z):
-    """(slot, voxel) of the density grid at a point, (-1, 0) outside every module."""
-    inverse = _ONE / float32(scene.cell)
+@njit(**INNER)
+def alone(scene, x, y, room):
+    """The one module that knows (x, y) and `room` (x0, x1, y0, y1) where it stays so.
+
+    -1 and no room where the gate blends or nobody knows the place.
+    """
+    room[0], room[1] = _ONE, float32(0)
     for outer in range(2):
-        level = 2 * scene.site + outer
-        fx, fy = x * inverse, y * inverse
-        inverse *= float32(1 / FAR)
-        ix, iy = int(math.floor(fx)), int(math.floor(fy))
-        s = _cell_slot(scene.cells, level, ix, iy)
+        edge = float32(scene.cell) * float32(1 if outer == 0 else FAR)
+        ix, iy = whole(x / edge), whole(y / edge)
+        margin, far = float32(MARGIN) * edge, edge * float32(1 - MARGIN)
+        x0, y0 = float32(ix) * edge, float32(iy) * edge
+        inside = x > x0 + margin and x < x0 + far and y > y0 + margin and y < y0 + far
+        if not inside:
+            return -1
+        s = _cell_slot(scene.cells, 2 * scene.site + outer, ix, iy)
+        if outer == 0:
+            ax, bx, ay, by = x0 + margin, x0 + far, y0 + margin, y0 + far
+        else:
+            ax, bx = max(ax, x0 + margin), min(bx, x0 + far)
+            ay, by = max(ay, y0 + margin), min(by, y0 + far)
         if s >= 0:
-            uz = (z - scene.band[s, 0]) * scene.band[s, 1]
-            if uz < 0 or uz >= 1:
-                return -1, 0
-            na, nb, nc = scene.voxels[0], scene.voxels[1], scene.voxels[2]
-            a = min(int((fx - float32(ix)) * float32(na)), na - 1)
-            b = min(int((fy - float32(iy)) * float32(nb)), nb - 1)
-            return s, (b * na + a) * nc + min(int(uz * float32(nc)), nc - 1)
-    return -1, 0
+            room[0], room[1], room[2], room[3] = ax, bx, ay, by
+            return s
+    return -1
 
 
-@njit(**JIT)
+@njit(**INNER)
+def _cell_at(scene, ix, iy):
+    """(slot, its lowest corner x and y, 1 / its edge, in inner cells) that cell ix, iy is in.
+
+    The slot is -1 where no module is.
+    """
+    s = _cell_slot(scene.cells, 2 * scene.site, ix, iy)
+    if s >= 0:
+        return s, float32(ix), float32(iy), _ONE
+    jx, jy = ix // FAR, iy // FAR
+    s = _cell_slot(scene.cells, 2 * scene.site + 1, jx, jy)
+    return s, float32(jx * FAR), float32(jy * FAR), float32(1 / FAR)
+
+
+@njit(**INNER)
+def _voxel(scene, s, ax, ay, z):
+    """The density grid of module s at (ax, ay) in 0..1 of its cell, -1 outside its height band."""
+    uz = (z - scene.band[s, 0]) * scene.band[s, 1]
+    if uz < 0 or uz >= 1:
+        return float32(-1)
+    na, nb, nc = scene.voxels[0], scene.voxels[1], scene.voxels[2]
+    a, b = min(int(ax * float32(na)), na - 1), min(int(ay * float32(nb)), nb - 1)
+    return scene.density[s, (b * na + a) * nc + min(int(uz * float32(nc)), nc - 1)]
+
+
+@njit(**INNER)
 def surface_at(scene, s, x, y):
     """(height, frames that saw it) of module s's surface at local (x, y)."""
     scale = float32(SURFACE - 1) / scene.box[s, 2]
@@ -242,8 +280,8 @@ def surface_at(scene, s, x, y):
     return (_ONE - b) * low + b * high, scene.seen[s, int(fy + 0.5), int(fx + 0.5)]
 
 
-@njit(**JIT)
-def _span(bands, r, oz, dz, reach):
+@njit(**INNER)
+def span(bands, r, oz, dz, reach):
     """Where ray r is inside its height band: (t0, t1), empty when t1 <= t0."""
     t0, t1 = float32(0.5), reach
     if abs(dz) > 1e-6:
@@ -254,19 +292,28 @@ def _span(bands, r, oz, dz, reach):
     return t0, t1
 
 
-@njit(**JIT)
-def _draw(scene, ro, rd, r, t0, dt, steps, uniform, state, jitter, cdf, t, base, samples):
+@njit(**INNER)
+def draw(scene, ro, rd, r, t0, dt, steps, uniform, state, jitter, cdf, t, base, samples):
     """Draw sorted sample distances into t[base:]; False when the ray meets no module."""
     through, total = _ONE, float32(0)
     cdf[0] = 0
     offset = _unit(state) if jitter else float32(0.5)
     share, used = uniform / float32(steps), 0
+    inverse, ix, iy = _ONE / float32(scene.cell), 0, 0
+    s, cx, cy, scale = _cell_at(scene, ix, iy)
     while used < steps and through > 1e-3:
         at = t0 + (float32(used) + offset) * dt
-        x, y, z = ro[r, 0] + at * rd[r, 0], ro[r, 1] + at * rd[r, 1], ro[r, 2] + at * rd[r, 2]
-        s, v = _voxel(scene, x, y, z)
+        fx, fy = (ro[r, 0] + at * rd[r, 0]) * inverse, (ro[r, 1] + at * rd[r, 1]) * inverse
+        jx, jy = whole(fx), whole(fy)
+        if jx != ix or jy != iy:
+            ix, iy = jx, jy
+            s, cx, cy, scale = _cell_at(scene, ix, iy)
+        density = float32(-1)
         if s >= 0:
-            thick = scene.density[s, v] * dt
+            z = ro[r, 2] + at * rd[r, 2]
+            density = _voxel(scene, s, (fx - cx) * scale, (fy - cy) * scale, z)
+        if density >= 0:
+            thick = density * dt
             # Most voxels are air: there the exponential is its first two terms.
             if thick < 0.05:
                 alpha = thick - float32(0.5) * thick * thick
@@ -290,7 +337,7 @@ def _draw(scene, ro, rd, r, t0, dt, steps, uniform, state, jitter, cdf, t, base,
     return True
 
 
-@njit(**JIT)
+@njit(**INNER)
 def _evaluate(scene, tape, x, y, z, n, slots, share, e):
     """Evaluate n modules at a point into the tape from e on: (density, r, g, b, seen share)."""
     sigma, red, green, blue, known = float32(0), float32(0), float32(0), float32(0), float32(0)
@@ -339,7 +386,7 @@ def forward(scene, tape, ro, rd, bands, r0, r1, samples, steps, uniform, seed, j
     `samples` per ray after `steps` coarse steps, `uniform` in [0, 1) of them spread evenly,
     `reach` in metres; `e` is the first evaluation row this call may write.
     """
-    slots, share = np.empty(_MOST, np.int32), np.empty(_MOST, np.float32)
+    slots, share = np.empty(MOST, np.int32), np.empty(MOST, np.float32)
     cdf = np.empty(steps + 1, np.float32)
     for r in range(r0, r1):
         tape.used[r] = 0
@@ -348,12 +395,12 @@ def forward(scene, tape, ro, rd, bands, r0, r1, samples, steps, uniform, seed, j
         tape.known[r] = 0
         for c in range(3):
             tape.rgb[r, c] = 0
-        t0, t1 = _span(bands, r, ro[r, 2], rd[r, 2], reach)
+        t0, t1 = span(bands, r, ro[r, 2], rd[r, 2], reach)
         if t1 <= t0:
             continue
         dt = (t1 - t0) / float32(steps)
         base = r * samples
-        if not _draw(
+        if not draw(
             scene,
             ro,
             rd,
@@ -374,7 +421,7 @@ def forward(scene, tape, ro, rd, bands, r0, r1, samples, steps, uniform, seed, j
     return e
 
 
-@njit(**JIT)
+@njit(**INNER)
 def _compose(scene, tape, ro, rd, r, base, samples, t0, dt, slots, share, e):
     """Evaluate ray r's samples front to back and add them up, until 0.2 % of the light is left."""
     left, red, green, blue = _ONE, float32(0), float32(0), float32(0)
@@ -410,14 +457,14 @@ def _compose(scene, tape, ro, rd, r, base, samples, t0, dt, slots, share, e):
     return e
 
 
-@njit(**JIT)
+@njit(**INNER)
 def _sample_gradient(tape, i, g0, g1, g2, after, behind):
     """dL/dsigma of sample i: d (T_after c . g - light from behind), and w c . g."""
     along = g0 * tape.color[i, 0] + g1 * tape.color[i, 1] + g2 * tape.color[i, 2]
     return tape.width[i] * (after * along - behind), tape.weight[i] * along
 
 
-@njit(**JIT)
+@njit(**INNER)
 def _output_gradient(tape, i, e, d_sigma, g0, g1, g2, do):
     """dL/d(MLP outputs) of evaluation e of sample i, through the gate's blend."""
     o = tape.o[e * OUTPUTS : (e + 1) * OUTPUTS]
@@ -521,9 +568,11 @@ __all__ = [
     "Tape",
     "backward",
     "cell_hash",
+    "draw",
     "forward",
     "gate",
     "make_tape",
     "scores",
+    "span",
     "surface_at",
 ]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from mclnf_edge.geometry import pixel_rays
-from mclnf_edge.mapping.modules import ModulePool, Workspace, cell_name, trace
+from mclnf_edge.engine.picture import DARK, TILE, Shot, paint
+from mclnf_edge.geometry import require_pinhole
+from mclnf_edge.mapping.modules import ModulePool, cell_name
 from mclnf_edge.types import Render, View
 
 F32 = npt.NDArray[np.float32]
@@ -15,14 +16,11 @@ UNKNOWN = 0.5
 
 _COARSE_STEPS = 48
 _SAMPLES = 8
-_CHUNK = 4096
+_UNIFORM = 0.01
 
 
 class Renderer:
-    """Renders views of a pool; keeps its buffers between calls."""
-
-    def __init__(self) -> None:
-        self._work = Workspace(_CHUNK, _SAMPLES)
+    """Renders views of a pool."""
 
     def render(
         self,
@@ -40,39 +38,36 @@ class Renderer:
         Light that no seen matter stops is replaced by mid-grey; `known` is the share that is.
         """
         camera = view.camera
+        require_pinhole(camera)
         h, w = camera.height, camera.width
         if pool is None or origin is None or not pool.slot_of:
             return _nothing(h, w, map_version)
-        columns, rows = np.meshgrid(np.arange(w), np.arange(h))
-        pixels = np.stack([columns.ravel(), rows.ravel()], axis=1)
-        _, directions = pixel_rays(camera, view.T_world_camera, pixels)
-        length = np.linalg.norm(directions, axis=1)
-        rd = np.ascontiguousarray(directions / length[:, None], np.float32)
         eye = (view.T_world_camera[:3, 3] - origin).astype(np.float32)
         cells = pool.in_sight(eye, site)
-        low, high = pool.height_band(cells)
         if not cells:
             return _nothing(h, w, map_version)
-        reach = 60.0 * max(float(eye[2]) - low, pool.cell_m)
-        bands = np.tile(np.array([[low, high]], np.float32), (_CHUNK, 1))
-        rgb, depth = np.empty((h * w, 3), np.float32), np.empty(h * w, np.float32)
-        known = np.empty(h * w, np.float32)
-        scale = np.exp(gain).astype(np.float32)
-        tape = self._work.tape
-        for a in range(0, h * w, _CHUNK):
-            part = rd[a : a + _CHUNK]
-            ro = np.ascontiguousarray(np.broadcast_to(eye, part.shape))
-            trace(pool, self._work, ro, part, bands, steps=_COARSE_STEPS, uniform=0.01, seed=0,
-                  jitter=False, reach=reach, site=site)  # fmt: skip
-            n = len(part)
-            matter = 1 - tape.left[:n]
-            share = np.where(matter > 1e-3, tape.known[:n] / np.maximum(matter, 1e-3), 0)
-            known[a : a + n] = share * matter
-            shown = tape.rgb[:n] * scale / np.maximum(matter, 1e-3)[:, None]
-            k = known[a : a + n, None]
-            rgb[a : a + n] = k * shown + (1 - k) * UNKNOWN
-            depth[a : a + n] = tape.depth[:n] / np.maximum(matter, 1e-3)
-        z = depth / length  # along the optical axis
+        band = pool.height_band(cells)
+        shot = Shot(
+            eye=eye,
+            turn=np.ascontiguousarray(view.T_world_camera[:3, :3], np.float32),
+            pinhole=np.array([camera.fx, camera.fy, camera.cx, camera.cy], np.float32),
+            size=(h, w),
+            band=np.array(band, np.float32),
+            reach=np.float32(60.0 * max(float(eye[2]) - band[0], pool.cell_m)),
+            samples=_SAMPLES,
+            steps=_COARSE_STEPS,
+            uniform=np.float32(_UNIFORM),
+        )
+        out = np.empty((h * w, 6), np.float32)
+        scene = pool.scene(site)
+        list(pool.executor.map(lambda i: paint(scene, shot, i, i + 1, out), range(-(-h // TILE))))
+        left = np.where(out[:, 0] < DARK, 0, out[:, 0])
+        stopped = 1 - out[:, 0]
+        some = np.maximum(stopped, 1e-3)
+        known = np.where(stopped > 1e-3, out[:, 5] / some, 0) * (1 - left)
+        k, scale = known[:, None], np.exp(gain).astype(np.float32)
+        rgb = k * (out[:, 1:4] * (scale / some[:, None])) + (1 - k) * UNKNOWN
+        z = out[:, 4] / some
         z[known < 0.5] = np.nan
         picture = (np.clip(rgb, 0, 1) * 255 + 0.5).astype(np.uint8).reshape(h, w, 3)
         names = tuple(sorted(cell_name(c) for c in cells))
