@@ -2,8 +2,8 @@
 
 A tile of pixels goes front to back, one sample of every ray at a time. The points of a sample are
 sorted by module and go through its network eight at a time; a ray that is dark leaves the tile.
-Nothing is kept for a backward pass, so a tile's work stays in the first-level cache, and the
-texels that its rays share are read once.
+Nothing is kept for a backward pass, so a tile's work stays in the cache, and so do the texels that
+neighbouring rays share.
 """
 
 from __future__ import annotations
@@ -39,9 +39,13 @@ I32 = npt.NDArray[np.int32]
 TILE = 8
 """Edge of a tile in pixels."""
 
+UNKNOWN = 0.5
+"""What stands where no module knows anything: mid-grey."""
+
 DARK = 0.01
 """A ray ends where less than this share of its light is left; the rest counts as stopped too."""
 
+_EVEN = 0.5  # coarse steps between neighbouring squares of rays that share their distances
 _RAYS = TILE * TILE
 _BLOCK = 8  # points that go through a network together
 _ONE = float32(1)
@@ -53,8 +57,9 @@ class Shot(NamedTuple):
     """What a picture is taken with: a pinhole camera in the frame of a site, and its quadrature.
 
     `eye` (3,) in metres, `turn` (3, 3) from camera axes to the site's, `pinhole` (fx, fy, cx, cy)
-    in pixels, `size` (height, width), `band` (lowest, highest z of matter), `reach` in metres;
-    `samples`, `steps` and `uniform` as in `volume.forward`.
+    in pixels, `size` (height, width), `band` (lowest, highest z of matter), `reach` in metres,
+    `exposure` (3,) a factor of each colour; `samples`, `steps` and `uniform` as in
+    `volume.forward`.
     """
 
     eye: F32
@@ -63,6 +68,7 @@ class Shot(NamedTuple):
     size: tuple[int, int]
     band: F32
     reach: np.float32
+    exposure: F32
     samples: int
     steps: int
     uniform: np.float32
@@ -77,6 +83,8 @@ class Tile(NamedTuple):
     axial: F32
     span: F32
     t: F32
+    met: npt.NDArray[np.bool_]
+    source: I32
     light: F32
     alive: I32
     place: F32
@@ -104,8 +112,10 @@ def _make_tile(samples, steps):
         np.empty(steps + 1, np.float32),
         np.empty((_RAYS, 3), np.float32),
         np.empty(_RAYS, np.float32),
-        np.empty((_RAYS // 4, 2), np.float32),
-        np.empty(_RAYS // 4 * samples, np.float32),
+        np.empty((2 * _RAYS, 2), np.float32),
+        np.empty(2 * _RAYS * samples, np.float32),
+        np.zeros(_RAYS, np.bool_),
+        np.empty(_RAYS, np.int32),
         np.empty((_RAYS, 6), np.float32),
         np.empty(_RAYS, np.int32),
         np.empty((_RAYS, 3), np.float32),
@@ -128,11 +138,12 @@ def _make_tile(samples, steps):
 
 
 @njit(**JIT)
-def paint(scene, shot, first, last, out):
+def paint(scene, shot, first, last, rgb, depth, known):
     """Render the rows of tiles first..last of a picture.
 
-    `out` (height * width, 6) receives the light left, red, green, blue, z-depth and the share that
-    ends in seen matter; the last five are weighted by matter.
+    `rgb` (height, width, 3) uint8 is mid-grey where nothing is known, `known` (height, width) the
+    share of the light that ends in seen matter, `depth` (height, width) the mean z-depth in metres
+    of what stops it, 0 where nothing does.
     """
     height, width = shot.size
     tile = _make_tile(shot.samples, shot.steps)
@@ -143,7 +154,7 @@ def paint(scene, shot, first, last, out):
                 if alive > 0:
                     _look(scene, shot, i, alive, tile)
                     alive = _compose(shot.samples, i, alive, tile)
-            _keep(row, column, height, width, tile, out)
+            _keep(shot, row, column, tile, rgb, depth, known)
 
 
 @njit(**INNER)
@@ -166,31 +177,65 @@ def _point(shot, y, x, direction, at):
 
 
 @njit(**INNER)
+def _march(scene, shot, direction, at, row, tile):
+    """Sample distances of the ray direction[at] into a row of tile.t; whether it meets a module."""
+    origin, bands = shot.eye.reshape(1, 3), shot.band.reshape(1, 2)
+    t0, t1 = span(bands, 0, shot.eye[2], direction[at, 2], shot.reach)
+    dt = (t1 - t0) / float32(shot.steps)
+    tile.span[row, 0], tile.span[row, 1] = t0, dt
+    return t1 > t0 and draw(
+        scene, origin, direction[at : at + 1], 0, t0, dt, shot.steps, shot.uniform, np.uint64(1),
+        False, tile.cdf, tile.t, row * shot.samples, shot.samples,
+    )  # fmt: skip
+
+
+@njit(**INNER)
 def _aim(scene, shot, row, column, tile):
-    """Directions of a tile's rays and their sample distances; the number that meet a module."""
+    """Directions of a tile's rays and their sample distances; the number that meet a module.
+
+    Four rays share the distances of the line between them, unless matter is much nearer or further
+    on the lines beside it: there each ray has its own.
+    """
     height, width = shot.size
-    origin, bands, half = shot.eye.reshape(1, 3), shot.band.reshape(1, 2), float32(0.5)
-    alive = 0
+    half, alive = float32(0.5), 0
     for q in range(_RAYS // 4):
         i, j = _pixel(4 * q)
         _point(shot, float32(row + i + 1), float32(column + j + 1), tile.centre, 0)
-        t0, t1 = span(bands, 0, shot.eye[2], tile.centre[0, 2], shot.reach)
-        dt = (t1 - t0) / float32(shot.steps)
-        tile.span[q, 0], tile.span[q, 1] = t0, dt
-        met = t1 > t0 and draw(
-            scene, origin, tile.centre, 0, t0, dt, shot.steps, shot.uniform, np.uint64(1), False,
-            tile.cdf, tile.t, q * shot.samples, shot.samples,
-        )  # fmt: skip
+        tile.met[4 * q] = _march(scene, shot, tile.centre, 0, 4 * q, tile)
+    for q in range(_RAYS // 4):
+        shared = _even(shot, q, tile)
         for r in range(4 * q, 4 * q + 4):
             i, j = _pixel(r)
             tile.light[r, 0] = _ONE
             tile.light[r, 1:] = 0
-            if met and row + i < height and column + j < width:
-                y, x = float32(row + i) + half, float32(column + j) + half
-                tile.axial[r] = _point(shot, y, x, tile.direction, r)
+            if row + i >= height or column + j >= width:
+                continue
+            y, x = float32(row + i) + half, float32(column + j) + half
+            tile.axial[r] = _point(shot, y, x, tile.direction, r)
+            tile.source[r] = 4 * q if shared else _RAYS + r
+            met = tile.met[4 * q]
+            if not shared:
+                met = _march(scene, shot, tile.direction, r, _RAYS + r, tile)
+            if met:
                 tile.alive[alive] = r
                 alive += 1
     return alive
+
+
+@njit(**INNER)
+def _even(shot, q, tile):
+    """Whether the squares beside square q meet matter at much the same distance."""
+    across, middle = TILE // 2, shot.samples // 2
+    t, limit = tile.t[4 * q * shot.samples + middle], _EVEN * tile.span[4 * q, 1]
+    for side in range(4):
+        i, j = q // across + (side == 0) - (side == 1), q % across + (side == 2) - (side == 3)
+        if i >= 0 and j >= 0 and i < across and j < across:
+            n = 4 * (i * across + j)
+            if tile.met[n] != tile.met[4 * q]:
+                return False
+            if tile.met[n] and abs(tile.t[n * shot.samples + middle] - t) > limit:
+                return False
+    return True
 
 
 @njit(**INNER)
@@ -201,7 +246,7 @@ def _look(scene, shot, i, alive, tile):
     n, only = 0, -1
     for a in range(alive):
         r = tile.alive[a]
-        t = tile.t[r // 4 * shot.samples + i]
+        t = tile.t[tile.source[r] * shot.samples + i]
         x = shot.eye[0] + t * tile.direction[r, 0]
         y = shot.eye[1] + t * tile.direction[r, 1]
         tile.place[r, 0], tile.place[r, 1] = x, y
@@ -276,7 +321,7 @@ def _compose(samples, i, alive, tile):
     half = float32(0.5)
     for a in range(alive):
         r = tile.alive[a]
-        q = r // 4
+        q = tile.source[r]
         t, dt = tile.t[q * samples : (q + 1) * samples], tile.span[q, 1]
         low = half * (t[i - 1] + t[i]) if i > 0 else max(tile.span[q, 0], t[0] - half * dt)
         high = half * (t[i] + t[i + 1]) if i + 1 < samples else t[i] + half * dt
@@ -288,7 +333,7 @@ def _compose(samples, i, alive, tile):
         light, matter = tile.light[r], tile.matter[r]
         w = light[0] * (_ONE - tile.thick[a])
         light[0] *= tile.thick[a]
-        light[4] += w * tile.t[r // 4 * samples + i] * tile.axial[r]
+        light[4] += w * tile.t[tile.source[r] * samples + i] * tile.axial[r]
         if matter[0] > 0:
             w /= matter[0]
             for c in range(1, 4):
@@ -301,10 +346,24 @@ def _compose(samples, i, alive, tile):
 
 
 @njit(**INNER)
-def _keep(row, column, height, width, tile, out):
+def _keep(shot, row, column, tile, rgb, depth, known):
     """Write a tile's rays to the picture."""
+    height, width = shot.size
     for r in range(_RAYS):
         i, j = _pixel(r)
-        if row + i < height and column + j < width:
-            for c in range(6):
-                out[(row + i) * width + column + j, c] = tile.light[r, c]
+        i, j = row + i, column + j
+        if i >= height or j >= width:
+            continue
+        light = tile.light[r]
+        stopped = _ONE - light[0]
+        inverse = _ONE / max(stopped, float32(1e-3))
+        share = light[5]
+        if light[0] < DARK:
+            share *= inverse
+        elif stopped <= 1e-3:
+            share = float32(0)
+        known[i, j], depth[i, j] = share, light[4] * inverse
+        for c in range(3):
+            value = share * light[1 + c] * inverse * shot.exposure[c]
+            value += (_ONE - share) * float32(UNKNOWN)
+            rgb[i, j, c] = int(min(max(value, float32(0)), _ONE) * float32(255) + float32(0.5))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from mclnf_edge.engine.picture import DARK, TILE, Shot, paint
+from mclnf_edge.engine.picture import TILE, UNKNOWN, Shot, paint
 from mclnf_edge.geometry import require_pinhole
 from mclnf_edge.mapping.modules import ModulePool, cell_name
 from mclnf_edge.types import Render, View
 
 F32 = npt.NDArray[np.float32]
-UNKNOWN = 0.5
-"""What stands where no module knows anything: mid-grey."""
+KNOWN = 0.5
+"""Depth is given where at least this share of the light ends in seen matter."""
 
 _COARSE_STEPS = 48
 _SAMPLES = 8
@@ -54,24 +54,21 @@ class Renderer:
             size=(h, w),
             band=np.array(band, np.float32),
             reach=np.float32(60.0 * max(float(eye[2]) - band[0], pool.cell_m)),
+            exposure=np.exp(gain).astype(np.float32),
             samples=_SAMPLES,
             steps=_COARSE_STEPS,
             uniform=np.float32(_UNIFORM),
         )
-        out = np.empty((h * w, 6), np.float32)
-        scene = pool.scene(site)
-        list(pool.executor.map(lambda i: paint(scene, shot, i, i + 1, out), range(-(-h // TILE))))
-        left = np.where(out[:, 0] < DARK, 0, out[:, 0])
-        stopped = 1 - out[:, 0]
-        some = np.maximum(stopped, 1e-3)
-        known = np.where(stopped > 1e-3, out[:, 5] / some, 0) * (1 - left)
-        k, scale = known[:, None], np.exp(gain).astype(np.float32)
-        rgb = k * (out[:, 1:4] * (scale / some[:, None])) + (1 - k) * UNKNOWN
-        z = out[:, 4] / some
-        z[known < 0.5] = np.nan
-        picture = (np.clip(rgb, 0, 1) * 255 + 0.5).astype(np.uint8).reshape(h, w, 3)
+        picture, scene = np.empty((h, w, 3), np.uint8), pool.scene(site)
+        depth, known = np.empty((h, w), np.float32), np.empty((h, w), np.float32)
+
+        def part(row: int) -> None:
+            paint(scene, shot, row, row + 1, picture, depth, known)
+
+        list(pool.executor.map(part, range(-(-h // TILE))))
+        depth[known < KNOWN] = np.nan
         names = tuple(sorted(cell_name(c) for c in cells))
-        return Render(picture, z.reshape(h, w), known.reshape(h, w), map_version, names)
+        return Render(picture, depth, known, map_version, names)
 
 
 def _nothing(h: int, w: int, map_version: int) -> Render:
