@@ -143,18 +143,21 @@ def paint(scene, shot, first, last, rgb, depth, known):
 
     `rgb` (height, width, 3) uint8 is mid-grey where nothing is known, `known` (height, width) the
     share of the light that ends in seen matter, `depth` (height, width) the mean z-depth in metres
-    of what stops it, 0 where nothing does.
+    of what stops it, 0 where nothing does. Returns the number of points looked at.
     """
     height, width = shot.size
     tile = _make_tile(shot.samples, shot.steps)
+    points = 0
     for row in range(first * TILE, min(last * TILE, height), TILE):
         for column in range(0, width, TILE):
             alive = _aim(scene, shot, row, column, tile)
             for i in range(shot.samples):
                 if alive > 0:
+                    points += alive
                     _look(scene, shot, i, alive, tile)
                     alive = _compose(shot.samples, i, alive, tile)
             _keep(shot, row, column, tile, rgb, depth, known)
+    return points
 
 
 @njit(**INNER)

@@ -330,8 +330,7 @@ _EXP2 = (1.0, 0.69314718, 0.24022651, 0.05550411, 0.00961813, 0.00133336, 0.0001
 
 
 @intrinsic
-def exp_lanes(typing, x, xo, n):
-    """`exp_lanes(x, xo, n)`: x[xo:][:8 n] becomes e^x, x first brought into [-80, 80]."""
+def _exp(typing, x, xo, n):
     ip = types.intp
     signature = types.void(x, ip, ip)
 
@@ -359,3 +358,7 @@ def exp_lanes(typing, x, xo, n):
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+exp_lanes: Callable[..., Any] = _exp
+"""`exp_lanes(x, xo, n)`: x[xo:][:8 n] becomes e^x, x first brought into [-80, 80]."""

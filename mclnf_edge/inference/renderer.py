@@ -20,7 +20,10 @@ _UNIFORM = 0.01
 
 
 class Renderer:
-    """Renders views of a pool."""
+    """Renders views of a pool. `points` is how many places the last picture looked at."""
+
+    def __init__(self) -> None:
+        self.points = 0
 
     def render(
         self,
@@ -62,10 +65,10 @@ class Renderer:
         picture, scene = np.empty((h, w, 3), np.uint8), pool.scene(site)
         depth, known = np.empty((h, w), np.float32), np.empty((h, w), np.float32)
 
-        def part(row: int) -> None:
-            paint(scene, shot, row, row + 1, picture, depth, known)
+        def part(row: int) -> int:
+            return int(paint(scene, shot, row, row + 1, picture, depth, known))
 
-        list(pool.executor.map(part, range(-(-h // TILE))))
+        self.points = sum(pool.executor.map(part, range(-(-h // TILE))))
         depth[known < KNOWN] = np.nan
         names = tuple(sorted(cell_name(c) for c in cells))
         return Render(picture, depth, known, map_version, names)
