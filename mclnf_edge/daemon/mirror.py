@@ -51,14 +51,15 @@ class MirrorWorker(Worker):
         self._pause()
         if self._follower.error is not None:
             raise self._follower.error
-        new = self.store.modules_after(self._restored, 1)
+        new = self._stored(lambda: self.store.modules_after(self._restored, 1))
         for record in new:
             self._adopt(record)
         self._publish_state()
         return bool(new)
 
-    def _checkpoint(self) -> None:
+    def _checkpoint(self) -> bool:
         """A mirror has no open work."""
+        return True
 
     def _publish_state(self) -> None:
         super()._publish_state()

@@ -14,8 +14,9 @@ import socket
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,7 +29,14 @@ from mclnf_edge.daemon.leader import chunk, committed
 from mclnf_edge.daemon.security import Keyring, check_role
 from mclnf_edge.daemon.sockets import Endpoint, Incoming
 from mclnf_edge.daemon.worker import RenderJob, Worker, pack_frame
-from mclnf_edge.errors import ConfigError, DiskFull, FrameRejected, MclnfError, ProtocolError
+from mclnf_edge.errors import (
+    ConfigError,
+    DiskFull,
+    FrameRejected,
+    MclnfError,
+    ProtocolError,
+    StoreError,
+)
 from mclnf_edge.geometry import check_camera, check_pose, check_world
 from mclnf_edge.images import check_image, decode_image
 from mclnf_edge.mapping.initialization import load_init
@@ -63,6 +71,9 @@ _PROGRESS_S = 0.5
 _BUSY_MS = 1000
 _MAX_ACKS = 1024
 _MAX_RENDERS = 256
+_MAX_DRAINERS = 256
+_MAX_STREAMS = 1024
+_ACTIVE_S = 60.0
 
 
 class _NoHello(ProtocolError):
@@ -77,6 +88,7 @@ class _Stream:
     site: int
     T_site_stream: Matrix4
     last_pose: Matrix4 | None = None
+    heard: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True)
@@ -148,6 +160,7 @@ class Service:
         self._streams: dict[tuple[bytes, str, str], _Stream] = {}
         self._rejected: dict[tuple[str, str], int] = defaultdict(int)
         self._drainers: list[_Drainer] = []
+        self._sites = Sites(store.meta())
         self._started = time.monotonic()
         self._stop = threading.Event()
         self._notify = _Notifier()
@@ -187,20 +200,23 @@ class Service:
     def _turn(self, batch: list[Incoming]) -> None:
         puts: list[_Put] = []
         acks: dict[bytes, list[Ack]] = defaultdict(list)
+        after: list[Incoming] = []
         for incoming in batch:
-            try:
+            with self._answering(incoming):
                 message = decode(incoming.parts)
                 check_role(incoming.user, message)
                 self._check(message)
                 if isinstance(message, PutFrame):
                     self._take(incoming, message, puts, acks)
+                elif isinstance(message, (CloseTask, Drain)):
+                    after.append(incoming)
                 else:
                     self._handle(incoming.peer, message)
-            except MclnfError as error:
-                self.endpoint.send(incoming.peer, encode(error_reply(error, incoming.parts)))
-                log.warning("from %s: %s: %s", incoming.user.name, error.code, error)
         if puts or self._rejected:
             self._commit(puts, acks)
+        for incoming in after:  # they mean the frames that were sent before them
+            with self._answering(incoming):
+                self._handle(incoming.peer, decode(incoming.parts))
         for peer, answers in acks.items():
             for i in range(0, len(answers), _MAX_ACKS):
                 part = tuple(answers[i : i + _MAX_ACKS])
@@ -209,6 +225,15 @@ class Service:
                 )
         self._flush()
         self._tell_drainers()
+
+    @contextmanager
+    def _answering(self, incoming: Incoming) -> Iterator[None]:
+        """What goes wrong with a message is told to its sender, and the loop goes on."""
+        try:
+            yield
+        except MclnfError as error:
+            self.endpoint.send(incoming.peer, encode(error_reply(error, incoming.parts)))
+            log.warning("from %s: %s: %s", incoming.user.name, error.code, error)
 
     def _check(self, message: Message) -> None:
         """Raise a ProtocolError for what this daemon does not take from anybody."""
@@ -224,6 +249,7 @@ class Service:
         stream = self._streams.get((incoming.peer, put.session, put.stream))
         if stream is None:
             raise _NoHello(f"{put.session}/{put.stream} has not said hello on this connection")
+        stream.heard = time.monotonic()
         try:
             frame = opengl_frame(put.frame, stream.axes)  # type: ignore[arg-type]
             check_camera(frame.camera, "frame.camera")
@@ -291,6 +317,8 @@ class Service:
         elif isinstance(message, CloseTask):
             self._send(peer, self._end_task(message))
         elif isinstance(message, Drain):
+            if len(self._drainers) >= _MAX_DRAINERS:
+                raise ProtocolError(f"drain: {_MAX_DRAINERS} requests wait already")
             request = self.worker.drain(message.close)
             self._drainers.append(_Drainer(peer, message.id, request, 0.0))
         elif isinstance(message, Follow):
@@ -307,10 +335,16 @@ class Service:
             raise ProtocolError(f"render: {_MAX_RENDERS} requests wait already; ask again later")
         site, now = 0, time.monotonic()
         if message.view is not None:
-            site, transform = Sites(self.store.meta()).find(message.view.world)
+            site, transform = self._known_sites().find(message.view.world)
             pose = transform @ check_pose(message.view.T_world_camera, "view")
             message = replace(message, view=replace(message.view, T_world_camera=pose))
         self.worker.submit(RenderJob(peer, message, now, site))
+
+    def _known_sites(self) -> Sites:
+        """The map's sites, the last that were read while the ledger cannot be: renders go on."""
+        with suppress(StoreError):
+            self._sites = Sites(self.store.meta())
+        return self._sites
 
     def _end_task(self, message: CloseTask) -> Closed:
         """The task that was named, else every module that is open now."""
@@ -333,6 +367,8 @@ class Service:
         )
         for key in [k for k in self._streams if k[1:] == (hello.session, hello.stream)]:
             del self._streams[key]  # the same stream on a new connection
+        if len(self._streams) >= _MAX_STREAMS:  # it greets again when it is heard again
+            del self._streams[min(self._streams, key=lambda key: self._streams[key].heard)]
         self._streams[(peer, hello.session, hello.stream)] = _Stream(hello.axes, site, transform)
         last = [
             s
@@ -352,8 +388,9 @@ class Service:
         )
 
     def _credit(self) -> int:
-        """Each publisher's share of the bytes that may be unanswered."""
-        publishers = len({peer for peer, _, _ in self._streams}) or 1
+        """Each publisher's share of the bytes that may be unanswered; idle ones have none."""
+        since = time.monotonic() - _ACTIVE_S
+        publishers = len({key[0] for key, s in self._streams.items() if s.heard > since}) or 1
         return max(self.config.wire.credit_bytes // publishers, 256 * 1024)
 
     # -- answers --------------------------------------------------------------------------------
@@ -414,9 +451,10 @@ class Service:
             "frames_kept": self._frames,
             "frame_bytes": self._frame_bytes,
             "dropped": dict(self.endpoint.dropped),
+            "disk_full": self._full or self.worker.disk_full,
             "health": {
                 "compute_beat_s": time.monotonic() - self.worker.beat,
-                "disk_full": self._full or bool(state.get("disk_full")),
+                "disk_full": self._full or self.worker.disk_full,
             },
         }
 

@@ -49,6 +49,10 @@ _STATE_S = 0.25
 _COMPUTE_ENGINE = "kernels"
 
 
+class _Stopped(Exception):
+    """The daemon was told to stop in the middle of a turn."""
+
+
 def pack_frame(site: int, parts: list[bytes]) -> bytes:
     """A frame's site and message parts as one ledger payload."""
     packed: bytes = msgpack.packb([site, *parts], use_bin_type=True)
@@ -119,7 +123,7 @@ class Worker(threading.Thread):
         self._checkpoint_due = time.monotonic() + config.watch.checkpoint_s
         self._rate: deque[tuple[float, float]] = deque(maxlen=40)
         self._committed: dict[str, dict[str, Any]] = {}
-        self._full = False
+        self.disk_full = False
         self._state_due = 0.0
         self.render_cpu_s, self.renders = 0.0, 0
 
@@ -175,26 +179,34 @@ class Worker(threading.Thread):
             self._restore()
             self._publish_state()
             self.ready.set()
-            while not self._stopping:
-                if not self._turn():
-                    self._sleep()
+            self._work_on()
             self._checkpoint()
         except BaseException as error:
             log.exception("compute thread failed")
             self.error = error
             self.ready.set()
 
+    def _work_on(self) -> None:
+        try:
+            while not self._stopping:
+                if not self._turn():
+                    self._sleep()
+        except _Stopped:
+            log.info("told to stop in the middle of a turn; it is done again after a restart")
+
     def _turn(self) -> bool:
         """One round; False when there was nothing to do."""
         self.beat = time.monotonic()
         self._serve_renders()
+        ends = len(self._ends)  # what is asked from here on means frames that come from here on
         busy = self._ingest()
-        if self._ingested_all:  # the task's frames come first
-            while self._ends:
-                self.mapper.end_task(*self._ends.popleft())
+        if not self._ingested_all:  # a task's frames come before its end
+            ends = 0
         self.mapper.draining = self._drain and self._ingested_all
-        if self.mapper.settle(self._pause):
+        if self.mapper.settle(self._pause, last=ends > 0):
             busy = True
+        for _ in range(ends):
+            self.mapper.end_task(*self._ends.popleft())
         if self.mapper.step() is not None:
             busy = True
         self._commit_finished()
@@ -205,8 +217,11 @@ class Worker(threading.Thread):
         return busy
 
     def _pause(self) -> None:
+        """Between two parts of long work; raises _Stopped when there is no time to go on."""
         self.beat = time.monotonic()
         self._serve_renders()
+        if self._stopping:
+            raise _Stopped
 
     def _sleep(self) -> None:
         with self._wake:
@@ -224,7 +239,7 @@ class Worker(threading.Thread):
         log.info(
             "map has %d closed versions, %d modules open",
             self._versions,
-            sum(module.row >= 0 for module in self.mapper.modules.values()),
+            len(self.mapper.learning()),
         )
 
     def _adopt(self, record: ModuleRecord) -> None:
@@ -255,7 +270,7 @@ class Worker(threading.Thread):
                 and not self._make_room()
             ):
                 return any_frame
-            held = next(iter(self.store.held_frames(self._last_id, 1)), None)
+            held = self._stored(lambda: next(self.store.held_frames(self._last_id, 1), None))
             if held is None:
                 self._ingested_all = True
                 break
@@ -276,19 +291,22 @@ class Worker(threading.Thread):
                 if not isinstance(error, MclnfError):
                     log.exception("frame %d", held.id)
                 self.rejected.append((held.session, held.stream, held.seq, str(error)))
-                self.store.let_go({held.id: 0})
+                self._stored(lambda gone=held.id: self.store.let_go({gone: 0}))  # type: ignore[misc]
             self._serve_renders()
         self.hover_m = self.mapper.hover_m
         return any_frame
 
     def _make_room(self) -> bool:
-        """Let the oldest sufficiently trained frames go; whether any went."""
+        """Let the oldest sufficiently trained frames go; whether any went.
+
+        What they taught must be durable before: without a checkpoint they stay.
+        """
         gone = self.mapper.shed(self.config.map.frame_budget_bytes * 3 // 4)
-        if gone:
-            self._checkpoint()  # what they taught must be durable before they go
-            self.store.let_go(gone)
-            self.mapper.forget(gone)
-        return bool(gone)
+        if not gone or not self._checkpoint():
+            return False
+        self._stored(lambda: self.store.let_go(gone))
+        self.mapper.forget(gone)
+        return True
 
     def _commit_finished(self) -> None:
         for module in self.mapper.finished():
@@ -305,20 +323,24 @@ class Worker(threading.Thread):
             log.info("task %s committed as version %d", record.id, record.version)
             self._serve_renders()
 
-    def _stored(self, write: Callable[[], Any]) -> Any:
-        """Repeat a write until the disk takes it; renders go on meanwhile."""
+    def _stored(self, act: Callable[[], Any]) -> Any:
+        """Repeat a read or write until the disk takes it; renders go on meanwhile.
+
+        Raises DiskFull when the daemon is to stop: there is no checkpoint then, the last one holds.
+        """
         while True:
             try:
-                result = write()
-                self._full = False
+                result = act()
+                self.disk_full = False
                 return result
             except DiskFull as error:
-                if not self._full:
-                    log.error("disk: %s; waiting for room", error)
-                self._full = True
+                if not self.disk_full:
+                    log.error("disk: %s; waiting for it", error)
+                self.disk_full = True
                 if self._stopping:
                     raise
-                self._pause()
+                self.beat = time.monotonic()
+                self._serve_renders()
                 time.sleep(0.5)
                 try:
                     self.store.reopen()
@@ -331,13 +353,16 @@ class Worker(threading.Thread):
             self._stored(lambda: self.store.let_go(gone))
             self.mapper.forget(gone)
 
-    def _checkpoint(self) -> None:
+    def _checkpoint(self) -> bool:
+        """Keep the open work; whether the disk took it."""
         arrays, meta = self.mapper.checkpoint()
+        self._checkpoint_due = time.monotonic() + self.config.watch.checkpoint_s
         try:
             self.store.checkpoint_save(OPEN_WORK, arrays, meta)
-        except DiskFull as error:
+        except StoreError as error:
             log.error("checkpoint: %s", error)
-        self._checkpoint_due = time.monotonic() + self.config.watch.checkpoint_s
+            return False
+        return True
 
     # -- renders --------------------------------------------------------------------------------
 
@@ -407,18 +432,17 @@ class Worker(threading.Thread):
         self._state_due = now + _STATE_S
         mapper, asked, draining = self.mapper, self._drains, self._drain
         modules = list(self._committed.values())
-        for m in mapper.modules.values():
-            if m.row >= 0:
-                state = "adapting" if draining else "open"
-                told = mapper.describe(m)
-                modules.append(
-                    {"id": m.id, "version": m.version, "state": state, "digest": ""}
-                    | {key: told[key] for key in ("steps", "frames", "bounds", "psnr")}
-                )
-        learning = [m for m in mapper.modules.values() if m.row >= 0]
+        for m in mapper.learning():
+            state = "adapting" if draining else "open"
+            told = mapper.describe(m)
+            modules.append(
+                {"id": m.id, "version": m.version, "state": state, "digest": ""}
+                | {key: told[key] for key in ("steps", "frames", "bounds", "psnr")}
+            )
+        learning = mapper.learning()
         done = mapper.progress()
         self._rate.append((now, done))
-        backlog = self.store.count_held(self._last_id)
+        backlog = self._stored(lambda: self.store.count_held(self._last_id))
         finished = (
             self._ingested_all and not backlog and (not mapper.frames if draining else done >= 1)
         )
@@ -427,12 +451,12 @@ class Worker(threading.Thread):
                 self._drain = False
         progress = Progress(
             done=finished,
-            frames_waiting=len(mapper.frames),
+            frames_waiting=len(mapper.frames) + backlog,
             modules_open=len(learning),
             modules_closed=self._versions,
             steps=mapper.optimizer.steps,
             psnr=mapper.psnr,
-            seconds_left=_seconds_left(self._rate),
+            seconds_left=0.0 if finished else _seconds_left(self._rate),
         )
         self._progress = (asked, progress)
         self.state = {
@@ -446,16 +470,15 @@ class Worker(threading.Thread):
             ),
             "cell_size_m": None if mapper.pool is None else mapper.pool.cell_m,
             "psnr": mapper.psnr,
-            "progress": done,
+            "progress": done if learning or finished else 0.0,
             "arrays_mb": 0.0 if mapper.pool is None else mapper.pool.memory_bytes() / 1e6,
-            "disk_full": self._full,
         }
 
 
 def _seconds_left(rate: deque[tuple[float, float]]) -> float | None:
     (t0, a), (t1, b) = rate[0], rate[-1]
     if b >= 1 or t1 - t0 < 1 or b <= a:
-        return 0.0 if b >= 1 else None
+        return None
     return float((1 - b) * (t1 - t0) / (b - a))
 
 

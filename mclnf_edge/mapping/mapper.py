@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from mclnf_edge.config import AdaptConfig, FieldConfig, MapConfig
 from mclnf_edge.engine.field import MLP_SIZE, Layout, random_mlp
-from mclnf_edge.errors import InitError
+from mclnf_edge.errors import InitError, StoreError
 from mclnf_edge.mapping import exposures, revisits
 from mclnf_edge.mapping.checkpoint import Arrays, cell_of, pack, unpack
 from mclnf_edge.mapping.frames import TILE, HeldFrame, hold
@@ -266,7 +266,11 @@ class Mapper:
         fresh = revisits.fresh_frames(module, frames)
         if self.recall is None or self.pool is None or not fresh:
             return
-        parent = self.recall(module.id, module.version)
+        try:
+            parent = self.recall(module.id, module.version)
+        except StoreError as error:
+            log.error("task %s is not learned again: %s", module.id, error)
+            return
         revisits.reopen(self.pool, structure, module, fresh, parent)
         log.info("task %s version %d opened: seen again", module.id, module.version)
 

@@ -18,7 +18,7 @@ from mclnf_edge.errors import DiskFull, StoreError
 TEMPORARY = ".tmp"
 """The suffix of a file that is still being written; found at opening, it is an orphan."""
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
 _PLAIN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 
 
