@@ -1,6 +1,6 @@
 """Time of a preview and of a full render of an adapted map, and what the pictures are worth.
 
-    python tools/bench_render.py [CAPTURE] [--cell-m 300] [--seconds 60] [--threads 2]
+    python tools/bench_render.py [CAPTURE] [--cell-m 420] [--seconds 60] [--threads 2]
 
 The map is built in this process: every train frame at once, then `--seconds` CPU seconds of steps.
 Nothing else runs while the test views are rendered, each `--repeats` times at both widths.
@@ -73,7 +73,7 @@ def main() -> None:
     )
     data = Path(os.environ.get("MCLNF_DATA", ROOT.parent / "shared" / "data"))
     parser.add_argument("capture", nargs="?", type=Path, default=data / "drone" / "boruszyn")
-    parser.add_argument("--cell-m", type=float, default=300.0)
+    parser.add_argument("--cell-m", type=float, default=420.0)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=10)
