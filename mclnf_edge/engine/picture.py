@@ -97,7 +97,6 @@ class Tile(NamedTuple):
     near: I32
     near_share: F32
     u: F32
-    above: F32
     seen: npt.NDArray[np.uint8]
     x: F32
     h1: F32
@@ -128,7 +127,6 @@ def _make_tile(samples, steps):
         np.empty(MOST, np.int32),
         np.empty(MOST, np.float32),
         np.empty(3 * _BLOCK, np.float32),
-        np.empty(_BLOCK, np.float32),
         np.empty(_BLOCK, np.uint8),
         np.zeros(_BLOCK * INPUTS, np.float32),
         np.empty(_BLOCK * HIDDEN, np.float32),
@@ -284,6 +282,8 @@ def _evaluate(scene, s, at, count, tile):
     inverse = _ONE / scene.box[s, 2]
     unit = scene.box[s, 2] * float32(1 / (64 * (1 + 2 * MARGIN)))
     u, x, o = tile.u, tile.x, tile.o
+    planes = scene.planes
+    after = planes.shape[0] * CHANNELS
     for k in range(_BLOCK):
         r = tile.ray[at + min(k, count - 1)]
         px, py, pz = tile.place[r, 0], tile.place[r, 1], tile.place[r, 2]
@@ -291,8 +291,8 @@ def _evaluate(scene, s, at, count, tile):
         u[k] = (px - scene.box[s, 0]) * inverse
         u[_BLOCK + k] = (py - scene.box[s, 1]) * inverse
         u[2 * _BLOCK + k] = (pz - scene.band[s, 0]) * scene.band[s, 1]
-        encode_heights(u[2 * _BLOCK + k], (pz - ground) / unit, x, k * INPUTS + 24)
-    first, planes = s * scene.feature_count, scene.planes
+        encode_heights(u[2 * _BLOCK + k], (pz - ground) / unit, x, k * INPUTS + after)
+    first = s * scene.feature_count
     for p in range(planes.shape[0]):
         _lookup(
             x, p * CHANNELS, scene.features, first + planes[p, 4], planes[p, 2], planes[p, 3],
