@@ -143,6 +143,7 @@ def test_a_broken_list_lets_nobody_in(site: Site) -> None:
 
 def test_every_clients_message_has_roles_and_no_daemons_message_has() -> None:
     daemons = {"welcome", "acks", "render-reply", "status-reply", "closed", "progress", "error"}
+    daemons |= {"committed", "module-chunk"}
     assert {kind.tag for kind in ALLOWED} == set(MESSAGES) - daemons
     for name, message in EXAMPLES.items():
         with pytest.raises(Forbidden):
