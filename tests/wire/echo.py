@@ -11,7 +11,7 @@ import zmq
 
 from mclnf_edge.daemon.security import Keyring, check_role
 from mclnf_edge.daemon.sockets import Endpoint, Incoming
-from mclnf_edge.errors import MclnfError
+from mclnf_edge.errors import MclnfError, StoreError
 from mclnf_edge.wire.codec import decode, encode, error_reply
 from mclnf_edge.wire.messages import (
     Ack,
@@ -20,6 +20,8 @@ from mclnf_edge.wire.messages import (
     CloseTask,
     Drain,
     ErrorReply,
+    FetchModule,
+    Follow,
     Hello,
     Identity,
     Message,
@@ -166,6 +168,8 @@ class EchoDaemon:
             return [StatusReply.of({"frames": len(self.kept)}, id=number)]
         if isinstance(message, CloseTask):
             return [Closed(id=number, tasks=(message.task or "all",))]
+        if isinstance(message, Follow | FetchModule):
+            raise StoreError(f"{message.tag}: this daemon has no modules")
         assert isinstance(message, Drain)
         return [Progress(id=number, steps=step, done=step == 3) for step in (1, 2, 3)]
 
