@@ -34,6 +34,9 @@ F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 log = logging.getLogger(__name__)
 
+_LEFT_S = 4.0
+"""Seconds without a frame that sees a module after which the flight has moved on."""
+
 
 @dataclass(frozen=True)
 class Closing:
@@ -215,11 +218,13 @@ class Mapper:
         raises, the next call does the work again. `last`: no more frames are waited for, so that
         a cell that one frame sees alone gets a module too; draining implies it.
 
-        A module is seeded again while it is young, each time its views have doubled: measured
-        surfaces from more views beat what a few hundred steps have learned from fewer.
+        A module is seeded again while it is young, each time its views have doubled and once more
+        when the flight has moved on: measured surfaces from more views beat what a few hundred
+        steps have learned from fewer.
         """
         last = last or self.draining
-        if not self.dirty and not (last and self.alone):
+        left = any(self._left(m) for m in self.modules.values())
+        if not self.dirty and not left and not (last and self.alone):
             return False
         frames = list(self.frames.values())
         few = len(frames) < 2 and all(len(s.points) < 8 for s in self.structures.values())
@@ -323,10 +328,18 @@ class Mapper:
         module = self.modules.get(cell)
         if module is None:
             return views >= 2 or (views == 1 and last)
-        if module.version > 1:
+        return self._young(module) and (views >= 2 * module.seeded_with or self._left(module))
+
+    def _young(self, module: Module) -> bool:
+        """Whether a module's first version has most of its learning before it."""
+        return module.row >= 0 and module.version == 1 and self._progress(module) < 0.5
+
+    def _left(self, module: Module) -> bool:
+        """Whether a young module was seeded from fewer frames than see it, and no more come."""
+        if time.monotonic() - module.last_frame_at < _LEFT_S or not self._young(module):
             return False
-        young = module.row >= 0 and self._progress(module) < 0.5
-        return young and views >= 2 * module.seeded_with
+        views = sum(module.cell in f.tiles for f in self.frames.values())
+        return views > 1.1 * module.seeded_with
 
     def _seed(
         self,

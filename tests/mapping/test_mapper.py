@@ -242,6 +242,29 @@ def test_frames_after_a_restart_are_settled(flight: Flight) -> None:
 # -- world ------------------------------------------------------------------------------------
 
 
+def test_a_module_is_seeded_from_all_its_frames_once_the_flight_has_moved_on(
+    flight: Flight,
+) -> None:
+    m = Mapper(MapConfig(cell_size_m=CELL_M), FIELD, ADAPT, flights.INIT, 1)
+    for i, frame in enumerate(flight.frames):
+        m.add(i, flights.STREAM, frame)
+        m.settle()
+        m.step()
+    before = score(m, flight)
+    assert any(m._young(module) and not m._left(module) for module in m.modules.values())
+    for module in m.modules.values():
+        module.last_frame_at -= 60.0
+    stale = [module for module in m.modules.values() if m._left(module)]
+    assert stale and m.settle() and not m.settle(), "once, not at every step"
+    views = {c: sum(c in f.tiles for f in m.frames.values()) for c in m.modules}
+    assert all(1.1 * m.modules[c].seeded_with >= views[c] for c in m.modules)
+    assert score(m, flight) > before
+    learn(m)
+    for module in m.modules.values():
+        module.last_frame_at -= 60.0
+    assert not m.settle(), "what has learned is left alone"
+
+
 def test_utm_sized_offsets_change_nothing(flight: Flight) -> None:
     scores = []
     for offset in ((0.0, 0.0, 0.0), (500_000.3, 5_000_000.7, 312.4)):
