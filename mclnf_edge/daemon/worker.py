@@ -24,6 +24,7 @@ from mclnf_edge.images import encode_image
 from mclnf_edge.inference.renderer import Renderer
 from mclnf_edge.mapping.initialization import Initialization
 from mclnf_edge.mapping.mapper import Mapper
+from mclnf_edge.mapping.warm_up import warm_up
 from mclnf_edge.store import MapStore, ModuleRecord, module_info
 from mclnf_edge.types import Render, View
 from mclnf_edge.wire.codec import decode
@@ -46,6 +47,9 @@ _INGEST_SLICE_S = 2.0
 """A backlog is taken in this long before modules are seeded: more views, better surfaces."""
 
 _STATE_S = 0.25
+_COMPILE_S = 900.0
+"""The compiler may take this long before it counts as hung."""
+
 _COMPUTE_ENGINE = "kernels"
 
 
@@ -174,17 +178,25 @@ class Worker(threading.Thread):
     # -- the thread -----------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Restore, then work until stopped."""
+        """Restore, compile what is not compiled yet, then work until stopped."""
         try:
             self._restore()
             self._publish_state()
             self.ready.set()
+            self._prepare()
             self._work_on()
             self._checkpoint()
         except BaseException as error:
             log.exception("compute thread failed")
             self.error = error
             self.ready.set()
+
+    def _prepare(self) -> None:
+        """Frames are taken meanwhile; renders wait."""
+        log.info("preparing kernels; on a machine's first start the compiler takes minutes")
+        self.beat = time.monotonic() + _COMPILE_S
+        warm_up(self.config, self.mapper.threads)
+        log.info("kernels are ready")
 
     def _work_on(self) -> None:
         try:
