@@ -27,7 +27,7 @@ from mclnf_edge.mapping.frames import TILE, HeldFrame, hold
 from mclnf_edge.mapping.modules import Cell, Module, ModulePool, pack_information
 from mclnf_edge.mapping.optimizer import Optimizer, show
 from mclnf_edge.mapping.rays import Rays, Targets, choose_site, draw
-from mclnf_edge.mapping.structure import Structure, Tiles, auto_cell
+from mclnf_edge.mapping.structure import Pause, Structure, Tiles, auto_cell
 from mclnf_edge.types import Frame, ModuleSnapshot
 
 F32 = npt.NDArray[np.float32]
@@ -211,7 +211,7 @@ class Mapper:
 
     # -- structure ------------------------------------------------------------------------------
 
-    def settle(self, pause: Callable[[], None] = lambda: None, *, last: bool = False) -> bool:
+    def settle(self, pause: Pause = lambda: None, *, last: bool = False) -> bool:
         """Bring cells, modules and seeds up to date with the frames; whether anything was done.
 
         `pause` is called between modules, so that renders need not wait for all of them; if it
@@ -247,13 +247,13 @@ class Mapper:
         self,
         structure: Structure,
         frames: list[HeldFrame],
-        pause: Callable[[], None],
+        pause: Pause,
         last: bool,
     ) -> None:
         pool = self._ensure_pool(structure, frames)
         closed = {c for c, m in self.modules.items() if m.row < 0}
-        worth = structure.assign(frames, closed)
-        revisits.anchor(frames, closed, self._show, self.adapt.seed)
+        worth = structure.assign(frames, closed, pause)
+        revisits.anchor(frames, closed, self._show, self.adapt.seed, pause)
         for cell in sorted(worth & closed):
             self._revisit(structure, self.modules[cell], frames)
         seeds = [c for c in sorted(worth) if self._needs_seed(c, frames, last)]
@@ -347,7 +347,7 @@ class Mapper:
         structure: Structure,
         cells: list[Cell],
         frames: list[HeldFrame],
-        pause: Callable[[], None],
+        pause: Pause,
     ) -> None:
         for cell in cells:
             seeing = [f for f in frames if cell in f.tiles]
@@ -363,7 +363,7 @@ class Mapper:
         if not cells:
             return
         involved = [f for f in frames if any(c in f.tiles for c in cells)]
-        structure.fit_exposures(cells, involved)
+        structure.fit_exposures(cells, involved, pause)
         for cell in cells:
             module = self.modules[cell]
             structure.seed(pool, module, frames)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from mclnf_edge.mapping.frames import HeldFrame
 from mclnf_edge.mapping.modules import Cell, Module, ModulePool, unpack_information
 from mclnf_edge.mapping.rays import draw
-from mclnf_edge.mapping.structure import Structure
+from mclnf_edge.mapping.structure import Pause, Structure
 from mclnf_edge.types import ModuleSnapshot
 
 F32 = npt.NDArray[np.float32]
@@ -64,13 +64,16 @@ def reopen(
     pool.guarded[module.row] = True
 
 
-def anchor(frames: Sequence[HeldFrame], closed: set[Cell], show: Show, seed: int) -> None:
+def anchor(
+    frames: Sequence[HeldFrame], closed: set[Cell], show: Show, seed: int, pause: Pause
+) -> None:
     """Set the exposure of frames that were never trained by what closed modules show.
 
     The map cannot drift: what is closed says how bright the world is. Median log ratio over random
     rays into closed cells; frames that see too little of them are left alone.
     """
     for frame in frames:
+        pause()
         parts = [tiles for cell, tiles in frame.tiles.items() if cell in closed]
         if frame.rays or frame.anchored or sum(map(len, parts)) < _ANCHOR_TILES:
             continue

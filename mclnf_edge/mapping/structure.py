@@ -7,6 +7,7 @@ rasters say which cell each tile of each frame reaches, and what a new module st
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import cv2
@@ -22,6 +23,9 @@ from mclnf_edge.mapping.modules import Cell, Module, ModulePool, cell_edge
 F32 = npt.NDArray[np.float32]
 Tiles = dict[Cell, npt.NDArray[np.int32]]
 """Tile indices of one frame by cell."""
+
+Pause = Callable[[], None]
+"""Called now and then in long work, so that renders need not wait for all of it."""
 
 RASTER = 64
 """Surface columns along one cell's edge."""
@@ -112,11 +116,14 @@ class Structure:
         ok = down & (np.linalg.norm(xy - frame.eye[:2], axis=1) < _FAR_HEIGHTS * flying)
         return xy.astype(np.float32), ok, flying
 
-    def assign(self, frames: list[HeldFrame], frozen: set[Cell]) -> set[Cell]:
+    def assign(
+        self, frames: list[HeldFrame], frozen: set[Cell], pause: Pause = lambda: None
+    ) -> set[Cell]:
         """Give every tile of every frame to one cell; returns all cells worth a module.
 
         Cells in `frozen` always keep their tiles. A tile whose inner cell is seen too little falls
         to the outer one: a sliver of a cell has a poor surface, and stands before its neighbours.
+        `pause` is called after each frame.
         """
         least = _WORTH_FRAMES * frames[0].tile_count * min(1.0, len(frames) / _FEW_FRAMES)
         near_of, far_of = {}, {}
@@ -130,6 +137,7 @@ class Structure:
             frame.border = _borders(2 * self.site, xy, close, self.cell_m)
             for cell, tiles in near_of[frame.id].items():
                 near_count[cell] += len(tiles)
+            pause()
         worth = {c for c, n in near_count.items() if n >= least} | {
             c for c in frozen if c[0] == 2 * self.site
         }
@@ -184,7 +192,9 @@ class Structure:
         out[~np.isfinite(out)] = fallback
         return out, (ix - 1) * edge, (iy - 1) * edge, RASTER / edge
 
-    def fit_exposures(self, cells: list[Cell], frames: list[HeldFrame]) -> None:
+    def fit_exposures(
+        self, cells: list[Cell], frames: list[HeldFrame], pause: Pause = lambda: None
+    ) -> None:
         """Set the gains of frames from surface points that several of them see.
 
         Frames that were trained or anchored keep theirs: modules hold what they looked like.
@@ -206,6 +216,7 @@ class Structure:
                 np.float32(1.0 / inverse), images, P, eyes, seen,
             )  # fmt: skip
             values.append(seen)
+            pause()
         gains = surface.fit_gains(
             np.concatenate(values), trained, np.stack([f.gain for f in frames]).astype(np.float32)
         )
