@@ -46,6 +46,9 @@ OPEN_WORK = "open"
 _INGEST_SLICE_S = 2.0
 """A backlog is taken in this long before modules are seeded: more views, better surfaces."""
 
+_STEP_SHARE = 0.3
+"""Optimization steps get at least this share of the time while frames keep coming."""
+
 _STATE_S = 0.25
 _COMPILE_S = 900.0
 """The compiler may take this long before it counts as hung."""
@@ -128,7 +131,7 @@ class Worker(threading.Thread):
         self._rate: deque[tuple[float, float]] = deque(maxlen=40)
         self._committed: dict[str, dict[str, Any]] = {}
         self.disk_full = False
-        self._state_due = 0.0
+        self._state_due = self._take_in_due = 0.0
         self.render_cpu_s, self.renders = 0.0, 0
 
     # -- from other threads ---------------------------------------------------------------------
@@ -210,6 +213,25 @@ class Worker(threading.Thread):
         """One round; False when there was nothing to do."""
         self.beat = time.monotonic()
         self._serve_renders()
+        busy = time.monotonic() >= self._take_in_due and self._take_in()
+        if self.mapper.step() is not None:
+            busy = True
+        else:
+            self._take_in_due = 0.0
+        self._commit_finished()
+        self._let_go_unused()
+        if time.monotonic() >= self._checkpoint_due:
+            self._checkpoint()
+        self._publish_state()
+        return busy
+
+    def _take_in(self) -> bool:
+        """New frames, then cells, modules and seeds for them; whether there was anything to do.
+
+        With many frames held this takes seconds for each new one, so steps get a share of the time
+        before it is done again: else a flight faster than the machine would never be learned from.
+        """
+        began = time.monotonic()
         ends = len(self._ends)  # what is asked from here on means frames that come from here on
         busy = self._ingest()
         if not self._ingested_all:  # a task's frames come before its end
@@ -219,13 +241,8 @@ class Worker(threading.Thread):
             busy = True
         for _ in range(ends):
             self.mapper.end_task(*self._ends.popleft())
-        if self.mapper.step() is not None:
-            busy = True
-        self._commit_finished()
-        self._let_go_unused()
-        if time.monotonic() >= self._checkpoint_due:
-            self._checkpoint()
-        self._publish_state()
+        now = time.monotonic()
+        self._take_in_due = now + (now - began) * _STEP_SHARE / (1 - _STEP_SHARE)
         return busy
 
     def _pause(self) -> None:
