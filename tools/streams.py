@@ -15,7 +15,7 @@ from mclnf_edge.mapping.mapper import Mapper
 from mclnf_edge.mapping.modules import Cell, ModulePool
 from mclnf_edge.mapping.optimizer import Optimizer
 from meta_trainer.city_init import Episode
-from tools.tasks import I32, targets
+from tools.tasks import I32, seams, targets
 
 F32 = npt.NDArray[np.float32]
 Targets = tuple[I32, I32, I32]
@@ -126,7 +126,10 @@ def modules(
     steps: Sequence[int],
     after: Callable[[int], None],
 ) -> Closed:
-    """Each task by modules of its own, closed when it is done; closed ones must not change."""
+    """Each task by modules of its own, closed when it is done; closed ones must not change.
+
+    As in the daemon, a module also learns from the rays of closed neighbours in its margin.
+    """
     pool, closed = mapper.pool, Closed()
     assert pool is not None
     for module in mapper.modules.values():
@@ -135,7 +138,10 @@ def modules(
         own = [mapper.modules[cell] for cell in run]
         for module in own:
             pool.thaw(module)
-        learn(mapper, targets(mapper, run), steps[k])
+        earlier = {cell for past in runs[:k] for cell in past}
+        parts = zip(targets(mapper, run), seams(mapper, run, earlier), strict=True)
+        frame, tile, row = (np.concatenate(both) for both in parts)
+        learn(mapper, (frame, tile, row), steps[k])
         for module in own:
             closing = mapper.close(module)
             assert closing.snapshot is not None
