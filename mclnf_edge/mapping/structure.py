@@ -94,8 +94,8 @@ class Structure:
         edge, level = self.cell_m, 2 * self.site
         out: F32 = default.copy()
         index = np.floor(xy / edge).astype(np.int64)
-        for ix, iy in np.unique(index, axis=0):
-            raster = self.rasters.get((level, int(ix), int(iy)))
+        for ix, iy in _distinct(index):
+            raster = self.rasters.get((level, ix, iy))
             if raster is not None:
                 here = (index[:, 0] == ix) & (index[:, 1] == iy)
                 at = ((xy[here] / edge - (ix, iy)) * RASTER).astype(np.int64).clip(0, RASTER - 1)
@@ -307,15 +307,21 @@ def _plausible(points: F32, frame: HeldFrame) -> F32:
     return kept
 
 
+def _distinct(index: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
+    """The different rows of (n, 2) cell numbers in ascending order."""
+    rows = np.unique((index[:, 0] << 32) + index[:, 1] + 2**31)
+    return [((row >> 32), (row & 0xFFFFFFFF) - 2**31) for row in rows.tolist()]
+
+
 def _cells(
     level: int, xy: F32, ok: npt.NDArray[np.bool_], edge: float
 ) -> dict[Cell, npt.NDArray[np.int32]]:
     index = np.floor(xy[ok] / edge).astype(np.int64)
     tiles = np.flatnonzero(ok).astype(np.int32)
     out: dict[Cell, npt.NDArray[np.int32]] = {}
-    for ix, iy in np.unique(index, axis=0):
+    for ix, iy in _distinct(index):
         here = (index[:, 0] == ix) & (index[:, 1] == iy)
-        out[(level, int(ix), int(iy))] = tiles[here]
+        out[(level, ix, iy)] = tiles[here]
     return out
 
 
@@ -328,9 +334,9 @@ def _borders(
     for dx, dy in ((-1, 0), (1, 0), (0, -1), (0, 1)):
         reached = np.floor(xy / edge + MARGIN * np.array([dx, dy], np.float32))
         crossed = ok & (reached != inside).any(1)
-        for ix, iy in np.unique(reached[crossed].astype(np.int64), axis=0):
+        for ix, iy in _distinct(reached[crossed].astype(np.int64)):
             here = crossed & (reached[:, 0] == ix) & (reached[:, 1] == iy)
-            cell = (level, int(ix), int(iy))
+            cell = (level, ix, iy)
             tiles = np.flatnonzero(here).astype(np.int32)
             out[cell] = np.concatenate([out[cell], tiles]) if cell in out else tiles
     return out
