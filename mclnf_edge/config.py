@@ -86,7 +86,7 @@ class AdaptConfig(Section):
     passes: float = setting(1.0, above=0, high=1000)
     rays_per_step: int = setting(2048, 1, 1 << 20)
     lr: float = setting(0.06, above=0, high=10)
-    lr_mlp: float = setting(0.0005, above=0, high=10)
+    lr_mlp: float = setting(0.002, above=0, high=10)
     weighting: Literal["none", "output-layer", "gradncp", "residual", "shuffled"] = "output-layer"
     fisher_lambda: float = setting(0.1, 0)
     fisher_damping: float = setting(0.1, above=0)
