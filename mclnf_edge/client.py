@@ -21,7 +21,7 @@ from mclnf_edge import __version__
 from mclnf_edge.errors import ConfigError, ProtocolError, Unreachable
 from mclnf_edge.outbox import TICK_S, Outbox, remote_error
 from mclnf_edge.spool import Spool
-from mclnf_edge.types import Frame, Render, View, WorldFrame
+from mclnf_edge.types import Frame, Modality, Render, Signal, View, WorldFrame
 from mclnf_edge.wire.codec import encode
 from mclnf_edge.wire.keys import load_public, load_secret
 from mclnf_edge.wire.link import Context, Link
@@ -34,7 +34,6 @@ from mclnf_edge.wire.messages import (
     ErrorReply,
     Hello,
     Message,
-    Modality,
     Plane,
     Progress,
     Put,
@@ -44,7 +43,6 @@ from mclnf_edge.wire.messages import (
     RenderReply,
     RenderRequest,
     ReplyEncoding,
-    Signal,
     StatusReply,
     StatusRequest,
     Welcome,

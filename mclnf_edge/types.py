@@ -18,6 +18,8 @@ import numpy.typing as npt
 
 CameraModel = Literal["PINHOLE", "OPENCV", "OPENCV_FISHEYE"]
 Encoding = Literal["jpeg", "png", "webp", "raw"]
+SignalEncoding = Literal["jpeg", "png", "webp", "raw", "s16le", "f32le"]
+Modality = Literal["posed", "image", "video", "audio"]
 Split = Literal["train", "val", "test"]
 ModuleState = Literal["open", "adapting", "closed", "quarantined"]
 
@@ -97,6 +99,26 @@ class Frame:
     depth_scale_m: float = 1e-3
     mask: bytes | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Signal:
+    """One piece of a signal without pose: an image, a video frame or an audio chunk.
+
+    `timestamp` is the position of the piece's start in seconds. `shape` is (height, width,
+    channels) of a picture, (samples, channels) of audio. `rate_hz` is frames or samples a second.
+    Audio is `s16le` or `f32le`, channels interleaved; a `raw` picture is its uint8 bytes.
+    """
+
+    seq: int
+    timestamp: float
+    data: bytes
+    encoding: SignalEncoding
+    shape: tuple[int, ...]
+    rate_hz: float = 0.0
+    name: str = ""
+    split: Split = "train"
+    task: str | None = None
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,8 @@ class Item:
 class DataSet:
     """A data set's layout. `paths(root, split)` lists its files; `help` says how to get it.
 
-    `paper` names the data set of the paper's tables whose figures stand beside ours.
+    `paper` names the data set of the paper's tables whose figures stand beside ours. `licence` says
+    under which terms the files may be used and whom to name; it travels inside initializations.
     """
 
     name: str
@@ -66,6 +67,7 @@ class DataSet:
     folder: str
     help: str
     paper: str
+    licence: str = "unknown"
 
 
 def default_root() -> Path:
@@ -205,8 +207,26 @@ def _stand_in(kind: Kind) -> Callable[[Path, Split], list[Path]]:
     return paths
 
 
-def _sample(name: str, kind: Kind, shape: Shape, folder: str, paper: str) -> DataSet:
-    return DataSet(name, kind, shape, _stand_in(kind), folder, _SAMPLE_HELP, paper)
+def _sample(name: str, kind: Kind, shape: Shape, folder: str, paper: str, licence: str) -> DataSet:
+    return DataSet(name, kind, shape, _stand_in(kind), folder, _SAMPLE_HELP, paper, licence)
+
+
+def _free_pictures(base: Path, split: Split) -> list[Path]:
+    """Pictures whose licence lets an initialization be shipped: Kodak and two drone captures.
+
+    Every fourth Kodak picture is the test set, two more choose settings, all else is for training.
+    """
+    kodak = _files(base / "photos" / "kodak", PICTURES)
+    held = {"test": kodak[3::4], "val": kodak[::9]}
+    if split != "train":
+        return held[split]
+    known = [p for p in kodak if p not in held["test"] + held["val"]]
+    return known + [p for name in ("boruszyn", "brighton") for p in _views(base / "drone" / name)]
+
+
+def _views(capture: Path) -> list[Path]:
+    """A capture's pictures."""
+    return [p for p in _files(capture, PICTURES) if p.parent.name.startswith("images")]
 
 
 def _celeba(base: Path, split: Split) -> list[Path]:
@@ -258,6 +278,8 @@ _SPEECH_HELP = (
     "Get LibriSpeech (train-clean-100, dev-clean, test-clean) from openslr.org/12 and unpack it to "
     "LibriSpeech/<part>/<speaker>/<chapter>/*.flac."
 )
+_LIBRISPEECH = "LibriSpeech, Panayotov, Chen, Povey, Khudanpur 2015, CC BY 4.0"
+_GRID = "GRID corpus, Cooke, Barker, Cunningham, Shao 2006, CC BY 4.0"
 _SAMPLE_HELP = "Stand-in: a folder with train/ and val/; set MCLNF_DATA or --root."
 
 DATASETS: dict[str, DataSet] = {
@@ -291,10 +313,14 @@ DATASETS: dict[str, DataSet] = {
             "librispeech3", "audio", _THREE, _librispeech, "LibriSpeech", _SPEECH_HELP,
             "librispeech3",
         ),
-        _sample("faces", "image", _FACE, "faces", "celeba"),
-        _sample("photos", "image", _PHOTO, "photos", "imagenette"),
-        _sample("speech1", "audio", _ONE, "speech", "librispeech1"),
-        _sample("speech", "audio", _THREE, "speech", "librispeech3"),
-        _sample("video", "video", _TALK, "video", "voxceleb2"),
+        _sample("faces", "image", _FACE, "faces", "celeba", "mostly public domain, unchecked"),
+        _sample("photos", "image", _PHOTO, "photos", "imagenette", "ImageNet: research only"),
+        _sample("speech1", "audio", _ONE, "speech", "librispeech1", _LIBRISPEECH),
+        _sample("speech", "audio", _THREE, "speech", "librispeech3", _LIBRISPEECH),
+        _sample("video", "video", _TALK, "video", "voxceleb2", _GRID),
+        DataSet(
+            "free-pictures", "image", _PHOTO, _free_pictures, "", _SAMPLE_HELP, "imagenette",
+            "Kodak True Color Image Suite (unrestricted); boruszyn (CC BY 3.0); brighton (BSD-2)",
+        ),
     )
 }  # fmt: skip

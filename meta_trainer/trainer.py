@@ -22,7 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from mclnf_edge.errors import ConfigError, InitError
+from mclnf_edge.errors import ConfigError
+from mclnf_edge.mapping.initialization import SHAPES, Window, load_signal_init, signal_content
 from mclnf_edge.maths.adaptation import Rates
 from mclnf_edge.maths.fields import Field, Params, Siren
 from meta_trainer.config import TrainConfig, parse_config
@@ -32,7 +33,6 @@ from meta_trainer.evaluate import run_signal, summary
 from meta_trainer.meta_gradient import MetaGradient, initial_rates, meta_gradient
 from meta_trainer.methods import METHODS, STARTS, Learning, Method
 
-INIT_FORMAT = "mclnf-init-1"
 LOG_COLUMNS = ("step", "loss", "psnr", "seconds")
 
 
@@ -137,14 +137,13 @@ def train(config: TrainConfig, root: Path | None = None) -> Path:
             save_checkpoint(checkpoint, run, config)
     bar.close()
     if chief:
-        save_init(out / "init.pt", run, config)
+        save_init(out / "init.pt", run, config, len(items))
     return out / "init.pt"
 
 
 def field_of(config: TrainConfig) -> Siren:
     """The network for the data set's modality."""
-    d_in, d_out = {"image": (2, 3), "video": (3, 3), "audio": (1, 1)}[DATASETS[config.dataset].kind]
-    return config.field(d_in, d_out)
+    return config.field(*SHAPES[DATASETS[config.dataset].kind])
 
 
 def choose(items: Sequence[Item], step: int, config: TrainConfig) -> list[int]:
@@ -173,36 +172,31 @@ def step_generator(seed: int, step: int, number: int) -> torch.Generator:
     return torch.Generator().manual_seed(mixed)
 
 
-def save_init(path: Path, run: Run, config: TrainConfig) -> None:
-    """Write the initialization: format, field, parameters, rates, configuration with its seed."""
-    field = field_of(config)
-    _write(
-        path,
-        {
-            "format": INIT_FORMAT,
-            "modality": DATASETS[config.dataset].kind,
-            "field": dataclasses.asdict(field),
-            "params": {n: p.detach().clone() for n, p in run.params.items()},
-            "rates": _rates_state(run.rates),
-            "config": dataclasses.asdict(config),
-            "step": run.step,
-        },
+def save_init(path: Path, run: Run, config: TrainConfig, signals: int) -> None:
+    """Write the initialization: field, parameters, rates, window, configuration, data it saw."""
+    data = DATASETS[config.dataset]
+    window = Window(
+        config.tasks, data.shape.side + 2 * data.shape.pad, config.frames, data.shape.samples
     )
+    meta = {
+        "config": dataclasses.asdict(config),
+        "step": run.step,
+        "data": {"dataset": data.name, "signals": signals, "licence": data.licence},
+    }
+    params = {n: p.detach().clone() for n, p in run.params.items()}
+    rates = _rates_state(run.rates)
+    _write(path, signal_content(data.kind, field_of(config), params, rates, window, meta))
 
 
 def load_init(path: Path) -> dict[str, Any]:
-    """Read an initialization; InitError for anything that is none. `field` becomes a Siren."""
-    try:
-        held = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # torch raises many kinds; all mean the file is not one of ours
-        raise InitError(f"{path}: cannot be read as an initialization: {error}") from error
-    if not isinstance(held, dict) or held.get("format") != INIT_FORMAT:
-        raise InitError(f"{path}: expected an initialization in format {INIT_FORMAT}")
-    field = Siren(**held["field"])
-    expected = {n: p.shape for n, p in field.init(torch.Generator()).items()}
-    if {n: p.shape for n, p in held["params"].items()} != expected:
-        raise InitError(f"{path}: parameters do not fit the field {field}")
-    return {**held, "field": field}
+    """`field`, `params`, `rates` and `config` of an initialization; InitError for anything else."""
+    init = load_signal_init(path)
+    return {
+        "field": init.field,
+        "params": init.params,
+        "rates": init.rates,
+        "config": init.meta["config"],
+    }
 
 
 def save_checkpoint(path: Path, run: Run, config: TrainConfig) -> None:

@@ -21,8 +21,8 @@ from mclnf_edge.errors import (
     RemoteError,
     Unreachable,
 )
-from mclnf_edge.types import Frame, View
-from mclnf_edge.wire.messages import Ack, Identity, Put, Signal
+from mclnf_edge.types import Frame, Signal, View
+from mclnf_edge.wire.messages import Ack, Identity, Put
 from tests.wire.echo import EchoDaemon
 from tests.wire.examples import CAMERA, POSE, frame
 from tests.wire.tcp_proxy import TcpProxy

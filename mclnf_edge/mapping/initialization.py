@@ -6,21 +6,28 @@ import hashlib
 import io
 import json
 import pickle
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from mclnf_edge.engine.field import MLP_SIZE
 from mclnf_edge.errors import InitError
+from mclnf_edge.maths.adaptation import Rates
+from mclnf_edge.maths.fields import Params, Siren
 
 FORMAT = "mclnf-edge-init"
 VERSION = 1
+SIGNAL_FORMAT = "mclnf-init-1"
 MAX_BYTES = 8 * 1024 * 1024
-SHIPPED = "city_init.pt"
+SHIPPED = {name: f"{name}_init.pt" for name in ("city", "image", "video", "audio")}
+
+SignalModality = Literal["image", "video", "audio"]
+SHAPES: dict[SignalModality, tuple[int, int]] = {"image": (2, 3), "video": (3, 3), "audio": (1, 1)}
+"""(coordinates, values) of each modality's field: (y, x), (t, y, x) or (t); RGB or loudness."""
 
 
 @dataclass(frozen=True)
@@ -32,16 +39,80 @@ class Initialization:
     meta: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Window:
+    """The stretch of a signal that meta-training took as [-1, 1], cut into `tasks` along one axis.
+
+    `side` pixels of a picture, `frames` of a video, `samples` of a sound.
+    """
+
+    tasks: int
+    side: int
+    frames: int
+    samples: int
+
+
+@dataclass(frozen=True)
+class SignalInitialization:
+    """Shared parameters of the modules of a signal, and the rule they were made for.
+
+    `rates`: the inner loop's step sizes. `window` None: written without, for experiments only.
+    """
+
+    modality: SignalModality
+    field: Siren
+    params: Params
+    rates: Rates
+    window: Window | None
+    digest: str
+    meta: dict[str, Any]
+
+
 def load_init(path: Path | None) -> Initialization:
-    """Read an initialization, the shipped one when `path` is None.
+    """Read an initialization of posed modules, the shipped one when `path` is None.
 
     Raises InitError for a missing, unsafe or foreign file, another modality, or wrong shapes.
     Loaded with `weights_only=True`: nothing in it is executed.
     """
+    init = open_init(path)
+    if not isinstance(init, Initialization):
+        raise InitError(
+            f"init {path}: expected modality posed, kind planes; received modality "
+            f"{init.modality!r}, kind 'siren'"
+        )
+    return init
+
+
+def load_signal_init(path: Path) -> SignalInitialization:
+    """Read an initialization of image, video or audio modules; InitError as for `load_init`."""
+    init = open_init(path)
+    if not isinstance(init, SignalInitialization):
+        raise InitError(
+            f"init {path}: expected an initialization in format {SIGNAL_FORMAT} (modality image, "
+            "video or audio), received modality posed"
+        )
+    return init
+
+
+def open_init(path: Path | None) -> Initialization | SignalInitialization:
+    """Read an initialization of any modality.
+
+    `path` None is the shipped one of posed modules; the names city, image, video and audio are the
+    shipped ones where no file is called so. Raises InitError as `load_init` does.
+    """
+    path = Path("city") if path is None else path
+    if str(path) in SHIPPED and not path.exists():
+        path = Path(str(resources.files("mclnf_edge") / "inits" / SHIPPED[str(path)]))
+    data, content = _read(path)
+    digest = hashlib.sha256(data).hexdigest()
+    if content.get("format") == SIGNAL_FORMAT:
+        return _signal(path, content, digest)
+    return _posed(path, content, digest)
+
+
+def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
     import torch
 
-    if path is None:
-        path = Path(str(resources.files("mclnf_edge") / "inits" / SHIPPED))
     if not path.is_file():
         raise InitError(f"init {path}: no such file")
     if path.stat().st_size > MAX_BYTES:
@@ -54,8 +125,14 @@ def load_init(path: Path | None) -> Initialization:
         raise InitError(
             f"init {path}: not a safe initialization: {(reason or ['?'])[0]}"
         ) from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise InitError(f"init {path}: expected a {FORMAT} file")
+    if not isinstance(content, dict) or content.get("format") not in (FORMAT, SIGNAL_FORMAT):
+        raise InitError(f"init {path}: expected a {FORMAT} file or one in format {SIGNAL_FORMAT}")
+    return data, content
+
+
+def _posed(path: Path, content: dict[str, Any], digest: str) -> Initialization:
+    import torch
+
     if content.get("version") != VERSION:
         raise InitError(
             f"init {path}: expected version {VERSION}, received {content.get('version')!r}"
@@ -68,7 +145,6 @@ def load_init(path: Path | None) -> Initialization:
     mlp = content.get("mlp")
     if not isinstance(mlp, torch.Tensor) or mlp.shape != (MLP_SIZE,) or not mlp.isfinite().all():
         raise InitError(f"init {path}: expected {MLP_SIZE} finite parameters")
-    digest = hashlib.sha256(data).hexdigest()
     return Initialization(mlp.numpy().astype(np.float32), digest, _described(path, content))
 
 
@@ -80,6 +156,36 @@ def _described(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(meta, dict):
         raise InitError(f"init {path}: config: expected a JSON object")
     return meta
+
+
+def _signal(path: Path, content: dict[str, Any], digest: str) -> SignalInitialization:
+    import torch
+
+    modality = content.get("modality")
+    if modality not in SHAPES:
+        raise InitError(
+            f"init {path}: expected modality image, video or audio, received {modality!r}"
+        )
+    try:
+        field = Siren(**content["field"])
+        expected = {n: p.shape for n, p in field.init(torch.Generator()).items()}
+        params, rates = content["params"], content["rates"]
+        found = {n: p.shape for n, p in params.items()}
+        window = Window(**content["window"]) if "window" in content else None
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise InitError(f"init {path}: a part is missing or of a wrong type: {error}") from error
+    if (field.d_in, field.d_out) != SHAPES[modality] or found != expected:
+        raise InitError(f"init {path}: parameters do not fit the {modality} field {field}")
+    if not all(p.dtype == torch.float32 and p.isfinite().all() for p in params.values()):
+        raise InitError(f"init {path}: expected finite float32 parameters")
+    if window is not None and not all(_whole(getattr(window, f.name)) for f in fields(window)):
+        raise InitError(f"init {path}: expected a window of whole numbers above 0: {window}")
+    described = {k: content.get(k) for k in ("config", "step", "data")}
+    return SignalInitialization(modality, field, params, rates, window, digest, described)
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and value > 0
 
 
 def save_init(path: Path, mlp: npt.NDArray[np.float32], meta: dict[str, Any]) -> None:
@@ -96,3 +202,23 @@ def save_init(path: Path, mlp: npt.NDArray[np.float32], meta: dict[str, Any]) ->
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(content, path)
+
+
+def signal_content(
+    modality: SignalModality,
+    field: Siren,
+    params: Params,
+    rates: float | Params,
+    window: Window,
+    meta: dict[str, Any],
+) -> dict[str, Any]:
+    """What `torch.save` writes for `load_signal_init`; `meta` has `config`, `step` and `data`."""
+    return {
+        "format": SIGNAL_FORMAT,
+        "modality": modality,
+        "field": asdict(field),
+        "params": params,
+        "rates": rates,
+        "window": asdict(window),
+        **meta,
+    }

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 
 from mclnf_edge.errors import ProtocolError
-from mclnf_edge.types import Camera, Frame, Split, View, WorldFrame
+from mclnf_edge.types import Camera, Frame, Modality, Signal, View, WorldFrame
 
 PROTOCOL = (1, 1)
 """(major, minor) of this side. The major changes only when an older peer could misread us."""
@@ -29,11 +29,9 @@ MAX_PART_BYTES = 32 * MIB
 MAX_MESSAGE_BYTES = 64 * MIB
 MAX_INT = 2**63 - 1
 
-Modality = Literal["posed", "image", "video", "audio"]
 Axes = Literal["opengl", "opencv"]
 AckStatus = Literal["accepted", "duplicate", "redundant", "busy", "rejected"]
 Quality = Literal["preview", "full", "progressive"]
-SignalEncoding = Literal["jpeg", "png", "webp", "raw", "s16le", "f32le"]
 ReplyEncoding = Literal["png", "jpeg", "raw", "wav"]
 Plane = Literal["depth", "known"]
 PlaneType = Literal["float32", "float16"]
@@ -81,6 +79,15 @@ FOREIGN_RULES: dict[type, dict[str, Rule]] = {
         "depth_scale_m": Rule(1e-9, 1e3),
         "mask": Rule(1, MAX_PART_BYTES, part=True),
         "meta": Rule(travels=False),
+    },
+    Signal: {
+        "seq": Rule(0, MAX_INT),
+        "timestamp": Rule(-1e12, 1e12),
+        "data": Rule(1, MAX_PART_BYTES, part=True),
+        "shape": Rule(1, MAX_PART_BYTES, max_items=3),
+        "rate_hz": Rule(0, 1e9),
+        "name": Rule(0, 512),
+        "task": Rule(1, 128),
     },
     Camera: {
         "width": Rule(1, 65_535),
@@ -158,26 +165,6 @@ class PutFrame(Message):
     def identity(self) -> Identity:
         """(session, stream, seq)."""
         return self.session, self.stream, self.frame.seq
-
-
-@dataclass(frozen=True)
-class Signal:
-    """One piece of a signal without pose: an image, a video frame or an audio chunk.
-
-    `timestamp` is the position of the piece's start in seconds. `shape` is (height, width,
-    channels) of a picture, (samples, channels) of audio. `rate_hz` is frames or samples a second.
-    Audio is `s16le` or `f32le`, channels interleaved; a `raw` picture is its uint8 bytes.
-    """
-
-    seq: Id
-    timestamp: Seconds
-    data: Annotated[bytes, Rule(1, MAX_PART_BYTES, part=True)]
-    encoding: SignalEncoding
-    shape: Annotated[tuple[int, ...], Rule(1, MAX_PART_BYTES, max_items=3)]
-    rate_hz: Annotated[float, Rule(0, 1e9)] = 0.0
-    name: Label = ""
-    split: Split = "train"
-    task: Name | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from mclnf_edge.errors import ConfigError, InitError
+from mclnf_edge.mapping.initialization import load_signal_init
 from mclnf_edge.maths.adaptation import Rule
 from mclnf_edge.maths.fields import Params, Siren
 from meta_trainer.config import TrainConfig, load_config, parse_config
@@ -168,8 +169,10 @@ def test_training_changes_the_start_and_lowers_the_query_loss(root: Path, tmp_pa
     rows = [line.split(",") for line in (tmp_path / "o" / "log.csv").read_text().splitlines()[1:]]
     losses = [float(r[1]) for r in rows]
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
-    held = load_init(path)
-    assert held["modality"] == "image" and held["config"]["seed"] == 0 and held["step"] == 30
+    init = load_signal_init(path)
+    assert init.modality == "image" and init.meta["step"] == 30
+    assert init.meta["config"]["seed"] == 0 and init.meta["data"]["signals"] > 0
+    assert init.window is not None and (init.window.tasks, init.window.side) == (4, 180)
 
 
 @pytest.mark.parametrize("changes", [{"learned_rates": "per-step"}, {"order": "reptile"}])

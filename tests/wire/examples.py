@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mclnf_edge.types import Camera, Frame, View, WorldFrame
+from mclnf_edge.types import Camera, Frame, Signal, View, WorldFrame
 from mclnf_edge.wire.messages import (
     Ack,
     Acks,
@@ -26,7 +26,6 @@ from mclnf_edge.wire.messages import (
     PutSignal,
     RenderReply,
     RenderRequest,
-    Signal,
     StatusReply,
     StatusRequest,
     Welcome,

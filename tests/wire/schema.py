@@ -7,8 +7,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from mclnf_edge.types import Camera, Frame, View, WorldFrame
-from mclnf_edge.wire.messages import FOREIGN_RULES, MAX_PART_BYTES, MESSAGES, Ack, Rule, Signal
+from mclnf_edge.types import Camera, Frame, Signal, View, WorldFrame
+from mclnf_edge.wire.messages import FOREIGN_RULES, MAX_PART_BYTES, MESSAGES, Ack, Rule
 
 RECORDS: dict[str, type] = {
     cls.__name__: cls for cls in (Frame, Signal, Camera, WorldFrame, View, Ack)
