@@ -114,11 +114,13 @@ def inner_step(
     d = torch.autograd.grad(half.sum(), outputs, create_graph=create_graph, retain_graph=True)
     memory = _remember(taps, d, state, rule, rows)
     weights = _weights(taps, d, values, targets, features, memory, rule, rows, generator)
-    gradient = _weighted_gradient(taps, d, weights * (2 / half.shape[-1]), rows)
+    with torch.set_grad_enabled(create_graph):  # else the state would keep every step's graph
+        gradient = _weighted_gradient(taps, d, weights * (2 / half.shape[-1]), rows)
     if penalty is not None:
         gradient = _add_penalty(gradient, params, penalty, create_graph)
     state = state._replace(step=state.step + 1, fisher=memory)
-    moved, state = _move(params, gradient, state, rates, rule)
+    with torch.set_grad_enabled(create_graph):
+        moved, state = _move(params, gradient, state, rates, rule)
     if not create_graph:
         moved = {name: p.detach() for name, p in moved.items()}
     return moved, state, Stats(2 * half.detach().mean(-1), weights)

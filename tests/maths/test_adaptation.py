@@ -132,6 +132,16 @@ def test_adam_equals_torch_optim() -> None:
         assert not torch.equal(got[name], params[name])
 
 
+@pytest.mark.parametrize("stepping", ["sgd", "adam", "fim-sgd"])
+def test_state_of_a_task_keeps_no_graph(stepping: Any) -> None:
+    """Otherwise a long adaptation holds every step's activations."""
+    params, state, _ = inner_step(
+        FIELD, start(), State(), batch(), 0.01, Rule("diagonal", stepping=stepping)
+    )
+    kept = [params, *(held for held in (state.fisher, state.first, state.second) if held)]
+    assert not any(t.requires_grad for held in kept for t in held.values())
+
+
 def test_fim_sgd_is_equation_12_with_the_damped_diagonal() -> None:
     params, data = start(), batch()
     moved, _, _ = adapt(FIELD, params, [data], 1e-3, Rule(stepping="fim-sgd", damping=0.2))
