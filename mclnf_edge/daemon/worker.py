@@ -18,13 +18,13 @@ from typing import Any
 import msgpack
 
 from mclnf_edge.config import ServeConfig
+from mclnf_edge.daemon.warm_up import warm_up
 from mclnf_edge.errors import Corrupt, DiskFull, MclnfError, ProtocolError, StoreError
 from mclnf_edge.geometry import check_camera, check_pose
 from mclnf_edge.images import encode_image
 from mclnf_edge.inference.renderer import Renderer
 from mclnf_edge.mapping.initialization import Initialization
 from mclnf_edge.mapping.mapper import Mapper
-from mclnf_edge.mapping.warm_up import warm_up
 from mclnf_edge.store import MapStore, ModuleRecord, module_info
 from mclnf_edge.types import Render, View
 from mclnf_edge.wire.codec import decode

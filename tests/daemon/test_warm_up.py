@@ -9,7 +9,7 @@ SCRIPT = """
 import sys
 from numba.core.dispatcher import Dispatcher
 from mclnf_edge.config import ServeConfig
-from mclnf_edge.mapping.warm_up import warm_up
+from mclnf_edge.daemon.warm_up import warm_up
 
 warm_up(ServeConfig(), 2)
 kernels = [
