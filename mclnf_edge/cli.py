@@ -84,7 +84,10 @@ def _client(address: str, server_key: Path | None, client_key: Path | None, **mo
 
 @app.command()
 def serve(
-    init: Annotated[Path | None, typer.Option(metavar="FILE", help="Initialization.")] = None,
+    init: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Initialization, or a shipped one: image, video."),
+    ] = None,
     map_dir: Annotated[Path, typer.Option("--map", metavar="DIR", help="The map.")] = Path("map"),
     bind: Annotated[str | None, typer.Option(metavar="ADDR", help="Port 0: a free one.")] = None,
     config: Annotated[Path | None, typer.Option(metavar="YAML", help="Settings.")] = None,
@@ -121,7 +124,13 @@ def _say_ready(address: str) -> None:
 
 @app.command()
 def publish(
-    source: Annotated[str, typer.Argument(help="Capture folder, video, camera index or address.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Capture folder, video, camera index or address with --poses; or without: a "
+            "picture, clip, folder of frames or WAV file."
+        ),
+    ],
     connect: Connect = DEFAULT_ADDRESS,
     rate: Annotated[float | None, typer.Option(metavar="HZ", help="Frames a second.")] = None,
     split: Annotated[SplitName, typer.Option(help="Frames of a capture.")] = "train",
@@ -138,7 +147,7 @@ def publish(
     client_key: ClientKey = None,
     as_json: Json = False,
 ) -> None:
-    """Send posed frames to a daemon; every one is answered."""
+    """Send posed frames, or a picture, video or sound, to a daemon; each piece is answered."""
     with _reporting(as_json):
         from mclnf_edge.commands import open_source, wait_adapted
         from mclnf_edge.commands import publish as run
@@ -202,8 +211,12 @@ def render(
     pose: Annotated[
         str | None, typer.Option(help="JSON file, 12 or 16 numbers, or CAPTURE#FRAME.")
     ] = None,
-    time_s: Annotated[float | None, typer.Option("--time", metavar="T", help="Of a video.")] = None,
-    span: Annotated[str | None, typer.Option(metavar="A:B", help="Seconds of a sound.")] = None,
+    time_s: Annotated[
+        float | None, typer.Option("--time", metavar="T", help="Moment of a video or image, s.")
+    ] = None,
+    span: Annotated[
+        str | None, typer.Option(metavar="A:B", help="Seconds of a sound (.wav) or video (.mp4).")
+    ] = None,
     connect: Connect = DEFAULT_ADDRESS,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels.")] = None,
     out: Annotated[
@@ -213,6 +226,9 @@ def render(
     camera: Annotated[Path | None, typer.Option(metavar="JSON", help="For bare numbers.")] = None,
     quality: Annotated[QualityName, typer.Option(help="preview is quick.")] = "full",
     stream: Annotated[str, typer.Option(metavar="NAME", help="Of a signal.")] = "",
+    rate: Annotated[
+        float, typer.Option(metavar="HZ", min=0, help="Samples or frames a second of a span.")
+    ] = 0.0,
     server_key: ServerKey = None,
     client_key: ClientKey = None,
     as_json: Json = False,
@@ -228,7 +244,7 @@ def render(
         views = None if pose is None else commands.views_of(pose, camera, pixels)
         with _client(connect, server_key, client_key) as client:
             if views is None:
-                report = commands.render_signal(client, time_s, seconds, stream, pixels, out)
+                report = commands.render_signal(client, time_s, seconds, stream, pixels, out, rate)
             else:
                 report = commands.render_views(client, views, pixels, quality, out, depth)
         if as_json:
@@ -286,23 +302,35 @@ def _say_modules(state: dict[str, Any]) -> None:
 
 @app.command("eval")
 def evaluate(
-    capture: Annotated[Path, typer.Argument(help="Capture folder.")],
+    capture: Annotated[Path, typer.Argument(help="Capture folder; picture, clip or WAV file.")],
     connect: Connect = DEFAULT_ADDRESS,
     map_dir: Annotated[
         Path | None, typer.Option("--map", metavar="DIR", help="Without a daemon.")
     ] = None,
     split: Annotated[SplitName, typer.Option(help="Frames to compare with.")] = "test",
     device: Annotated[Device, typer.Option(help="Where to compute (with --map).")] = "auto",
+    stream: Annotated[str | None, typer.Option(metavar="NAME", help="Of a signal.")] = None,
+    rate: Annotated[float | None, typer.Option(metavar="HZ", help="Of a folder of frames.")] = None,
     server_key: ServerKey = None,
     client_key: ClientKey = None,
     as_json: Json = False,
 ) -> None:
-    """Compare renders with a capture's held-out frames."""
+    """Compare renders with a capture's held-out frames, or with the signal that was published."""
     with _reporting(as_json):
-        from mclnf_edge.captures import open_capture
+        from mclnf_edge.captures import open_capture, open_signal
         from mclnf_edge.evaluate import evaluate as run
         from mclnf_edge.evaluate import local_renderer
+        from mclnf_edge.evaluate_signals import evaluate_signal
 
+        signal = open_signal(str(capture), rate)
+        if signal is not None:
+            if map_dir is not None:
+                raise ConfigError("--map: pictures, videos and sounds are compared with a daemon")
+            with _client(connect, server_key, client_key) as client:
+                report = evaluate_signal(signal, client.render_signal, stream, _say_view)
+                report["modules"] = client.status()["modules"]
+            _say_evaluated(report, as_json)
+            return
         frames = open_capture(capture)
         if map_dir is not None:
             from mclnf_edge.store import map_info
@@ -313,12 +341,16 @@ def evaluate(
             with _client(connect, server_key, client_key) as client:
                 report = run(frames, client.render, split, _say_view)
                 report["modules"] = client.status()["modules"]
-        if as_json:
-            _print_json(report)
-        else:
-            names = ("psnr", "psnr_known", "psnr_aligned", "ssim")
-            told = ", ".join(f"{name} {report[name]:.3f}" for name in names)
-            typer.echo(f"{len(report['views'])} views: {told}")
+        _say_evaluated(report, as_json)
+
+
+def _say_evaluated(report: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print_json(report)
+        return
+    names = ("psnr", "psnr_known", "psnr_aligned", "ssim", "snr", "pesq")
+    told = ", ".join(f"{n} {report[n]:.3f}" for n in names if report.get(n) is not None)
+    typer.echo(f"{len(report['views'])} views: {told}")
 
 
 def _say_view(done: int, total: int) -> None:

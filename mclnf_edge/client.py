@@ -282,6 +282,7 @@ class Client:
         height: int = 0,
         rate_hz: float = 0.0,
         encoding: ReplyEncoding = "png",
+        want: tuple[Plane, ...] = (),
     ) -> RenderReply:
         """A picture at `time_s`, or the sound of `span_s`, of a signal: encoded bytes in `data`."""
         request = RenderRequest(
@@ -294,6 +295,7 @@ class Client:
             height=height,
             rate_hz=rate_hz,
             encoding=encoding,
+            want=want,
         )
         return self._ask_one(request, RenderReply)
 

@@ -13,10 +13,12 @@ import numpy.typing as npt
 
 from mclnf_edge.captures import (
     Capture,
+    SignalFile,
     SplitFilter,
     VideoSource,
     load_camera,
     open_capture,
+    open_signal,
     open_video,
     parse_views,
 )
@@ -24,7 +26,8 @@ from mclnf_edge.client import Client
 from mclnf_edge.errors import CaptureError, ConfigError
 from mclnf_edge.report import PICTURES, write_bytes, write_depth, write_picture, write_video
 from mclnf_edge.types import Camera, Render, View
-from mclnf_edge.wire.messages import Ack, Progress, Quality, ReplyEncoding
+from mclnf_edge.wire.messages import Ack, Progress, Quality, RenderReply, ReplyEncoding
+from mclnf_edge.wire.planes import render_of
 
 DEFAULT_SIZE: Final = (480, 360)
 DEFAULT_VIEW_DEG: Final = 60.0
@@ -41,9 +44,10 @@ def open_source(
     camera: Path | None,
     rate_hz: float | None,
     **axes_and_times: Any,
-) -> Capture | VideoSource:
-    """A capture's split, or a video, camera or address with its pose and camera files.
+) -> Capture | VideoSource | SignalFile:
+    """A capture's split, a video, camera or address with its pose and camera files, or a signal.
 
+    A picture, clip or sound file, or a folder of frames, is a signal without pose.
     `axes_and_times` are `open_video`'s. Raises CaptureError, or ConfigError when only one of
     `poses` and `camera` is given.
     """
@@ -54,6 +58,9 @@ def open_source(
         return open_video(source, poses, lens, rate_hz=rate_hz, **axes_and_times)
     if poses is not None or camera is not None:
         raise ConfigError("a video needs both --poses and --camera, received one")
+    signal = open_signal(source, rate_hz)
+    if signal is not None:
+        return signal
     if not Path(source).is_dir() and Path(source).suffix.lower() != ".json":
         raise CaptureError(
             f"{source}: no such capture folder (a video, camera index or address needs --poses "
@@ -66,11 +73,15 @@ def open_source(
 
 
 def publish(
-    client: Client, source: Capture | VideoSource, stream: str | None, rate_hz: float | None
+    client: Client,
+    source: Capture | VideoSource | SignalFile,
+    stream: str | None,
+    rate_hz: float | None,
 ) -> dict[str, Any]:
-    """Send every frame and wait for the answers; counts by outcome, refusals with reasons.
+    """Send every frame or piece and wait for the answers; counts by outcome, refusals with reasons.
 
-    A capture keeps to `rate_hz`; a video was thinned to it when it was opened and keeps its pace.
+    A capture or signal keeps to `rate_hz`; a posed video was thinned to it when it was opened and
+    keeps its pace.
     """
     rejections: list[dict[str, Any]] = []
 
@@ -79,12 +90,18 @@ def publish(
             rejections.append({"seq": ack.seq, "code": ack.code, "reason": ack.reason})
 
     start = time.monotonic()
-    client.hello(stream=stream or source.name, world=source.world)
-    pace = rate_hz if isinstance(source, Capture) else None
-    counts = client.publish(source, rate_hz=pace, on_ack=heard)
+    if isinstance(source, SignalFile):
+        client.hello(stream=stream or source.name, modality=source.modality)
+        counts = client.publish_signals(source.pieces(), rate_hz, heard)
+    else:
+        client.hello(stream=stream or source.name, world=source.world)
+        pace = rate_hz if isinstance(source, Capture) else None
+        counts = client.publish(source, rate_hz=pace, on_ack=heard)
     report: dict[str, Any] = {"stream": client.stream, "session": client.session}
     report |= {name: counts[name] for name in (*OUTCOMES, "spooled")}
     report |= {"rejections": rejections, "seconds": round(time.monotonic() - start, 3)}
+    if isinstance(source, SignalFile):
+        return report | {"notes": (), "modality": source.modality}
     if isinstance(source, Capture):
         return report | {"notes": source.notes}
     gap_s = source.poses.largest_gap_s()
@@ -190,13 +207,20 @@ def render_signal(
     stream: str = "",
     size: Size | None = None,
     out: Path | None = None,
+    rate_hz: float = 0.0,
 ) -> dict[str, Any]:
-    """Store the picture of a video at `time_s`, or the sound of `span_s` as WAV."""
-    sound = span_s is not None
-    out = out or Path("render.wav" if sound else "render.png")
-    encodings: Mapping[str, ReplyEncoding] = {".wav": "wav"} if sound else PICTURES
-    if out.suffix.lower() not in encodings:
-        raise ConfigError(f"--out {out}: expected a name in {' or '.join(encodings)}")
+    """Store the picture at `time_s`, or `span_s` as a sound (.wav) or a film (.mp4).
+
+    `rate_hz` samples or frames a second, 0 the signal's own. Returns facts and `files`.
+    """
+    out = out or Path("render.png" if span_s is None else "render.wav")
+    suffix = out.suffix.lower()
+    if span_s is not None and suffix == ".mp4":
+        return _film(client, span_s, stream, size, out, rate_hz)
+    encodings: Mapping[str, ReplyEncoding] = PICTURES if span_s is None else {".wav": "wav"}
+    if suffix not in encodings:
+        known = " or ".join([*encodings, *([".mp4"] if span_s is not None else [])])
+        raise ConfigError(f"--out {out}: expected a name in {known}")
     width, height = size or (0, 0)
     reply = client.render_signal(
         time_s=time_s,
@@ -204,8 +228,40 @@ def render_signal(
         stream=stream,
         width=width,
         height=height,
-        encoding=encodings[out.suffix.lower()],
+        rate_hz=rate_hz,
+        encoding=encodings[suffix],
     )
     write_bytes(out, reply.data)
-    facts = {"width": reply.width, "height": reply.height, "rate_hz": reply.rate_hz}
-    return {"files": [out], "engine": reply.engine, "ms": reply.ms, **facts}
+    return {"files": [out], **_signal_facts(reply)}
+
+
+def _signal_facts(reply: RenderReply) -> dict[str, Any]:
+    names = ("width", "height", "rate_hz", "engine", "ms", "map_version", "modules")
+    return {name: getattr(reply, name) for name in names}
+
+
+def _film(
+    client: Client,
+    span_s: tuple[float, float],
+    stream: str,
+    size: Size | None,
+    out: Path,
+    rate_hz: float,
+) -> dict[str, Any]:
+    """A video's moments from A to B as an mp4."""
+    width, height = size or (0, 0)
+    first = client.render_signal(time_s=span_s[0], stream=stream, width=width, height=height)
+    rate = rate_hz or first.rate_hz
+    if not rate > 0:
+        raise ConfigError(f"--out {out}: this map holds pictures; a film needs a video, or --rate")
+    count = max(round((span_s[1] - span_s[0]) * rate), 1)
+
+    def pictures() -> Iterator[npt.NDArray[np.uint8]]:
+        yield render_of(first).rgb
+        for i in range(1, count):
+            moment = span_s[0] + i / rate
+            reply = client.render_signal(time_s=moment, stream=stream, width=width, height=height)
+            yield render_of(reply).rgb
+
+    write_video(out, pictures(), rate)
+    return {"files": [out], "frames": count, **_signal_facts(first)}

@@ -98,6 +98,18 @@ class AdaptConfig(Section):
 
 
 @dataclass(frozen=True)
+class SignalsConfig(Section):
+    """Modules of images, videos and sounds; lambda, damping, cap and seed are those of `adapt`."""
+
+    steps: int = setting(512, 1, 1 << 20)
+    samples_per_step: int = setting(512, 1, 1 << 20)
+    stepping: Literal["sgd", "adam", "fim-sgd"] = "adam"
+    lr: float | Literal["init"] = setting(0.0003, above=0, high=10)
+    weighting: Literal["none", "diagonal", "factored"] = "diagonal"
+    max_edge_px: int = setting(480, 16, 4096)
+
+
+@dataclass(frozen=True)
 class RenderConfig(Section):
     """What answers render requests."""
 
@@ -154,6 +166,7 @@ class ServeConfig(Section):
     map: MapConfig = section(MapConfig)
     field: FieldConfig = section(FieldConfig)
     adapt: AdaptConfig = section(AdaptConfig)
+    signals: SignalsConfig = section(SignalsConfig)
     render: RenderConfig = section(RenderConfig)
     security: SecurityConfig = section(SecurityConfig)
     watch: WatchConfig = section(WatchConfig)

@@ -79,6 +79,8 @@ def local_renderer(map_dir: Path, device: str = "auto") -> Callable[[View], Rend
         raise ConfigError("--device cuda: the fast field's kernels run on the CPU; use cpu or auto")
     settings = ServeConfig()
     with MapStore.open(map_dir, create=False, read_only=True) as store:
+        if "field" not in store.meta():
+            raise ConfigError(f"--map {map_dir}: expected a map of posed frames")
         field = FieldConfig(**store.meta()["field"])
         sites = Sites(store.meta())
         mapper = Mapper(settings.map, field, settings.adapt)

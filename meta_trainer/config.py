@@ -35,6 +35,7 @@ class TrainConfig:
     width: int = 128
     layers: int = 5
     omega: float = 30.0
+    first_omega: float = 0.0
     tasks: int = 4
     cut: Cut = "strips"
     order: Order = "second"
@@ -74,7 +75,7 @@ class TrainConfig:
 
     def field(self, d_in: int, d_out: int) -> Siren:
         """The network that is initialized."""
-        return Siren(d_in, d_out, self.width, self.layers, self.omega)
+        return Siren(d_in, d_out, self.width, self.layers, self.omega, self.first_omega or None)
 
 
 def load_config(path: Path) -> TrainConfig:

@@ -17,12 +17,12 @@ PACKAGE = ROOT / "mclnf_edge"
 LAYERS = (
     ("errors", "types"),
     ("config", "geometry"),
-    ("images", "maths", "engine"),
+    ("images", "maths", "engine", "sounds"),
     ("captures", "wire", "mapping", "store", "spool"),
     ("inference",),
     ("outbox",),
     ("client", "daemon"),
-    ("report", "evaluate"),
+    ("report", "evaluate", "evaluate_signals"),
     ("commands", "demo"),
     ("cli",),
 )

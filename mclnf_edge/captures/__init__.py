@@ -11,6 +11,7 @@ from mclnf_edge.captures.capture import Capture, Frames, SplitFilter
 from mclnf_edge.captures.detect import open_capture
 from mclnf_edge.captures.intrinsics import load_camera
 from mclnf_edge.captures.poses import PoseFile
+from mclnf_edge.captures.signals import SignalFile, open_signal
 from mclnf_edge.captures.video import VideoSource, open_video
 from mclnf_edge.captures.views import parse_views, view_of
 
@@ -18,10 +19,12 @@ __all__ = [
     "Capture",
     "Frames",
     "PoseFile",
+    "SignalFile",
     "SplitFilter",
     "VideoSource",
     "load_camera",
     "open_capture",
+    "open_signal",
     "open_video",
     "parse_views",
     "view_of",

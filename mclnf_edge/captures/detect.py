@@ -13,6 +13,11 @@ from mclnf_edge.captures.transforms import open_transforms, transforms_files
 from mclnf_edge.errors import CaptureError
 
 
+def is_capture(path: Path) -> bool:
+    """Whether a folder holds a posed capture of a supported format."""
+    return bool(transforms_files(path)) or is_meganerf(path) or find_model(path) is not None
+
+
 def open_capture(path: str | Path) -> Capture:
     """Open a capture of any supported format; pictures are read later, one by one.
 

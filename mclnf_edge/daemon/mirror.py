@@ -106,6 +106,11 @@ def serve_mirror(
             if "follows" not in store.meta():
                 _refuse_own_map(store)
                 follower.first_word()
+            if "field" not in store.meta():
+                raise MapMismatch(
+                    f"--follow {leader}: expected a map of posed frames; maps of pictures, videos "
+                    "and sounds cannot be mirrored"
+                )
             adapted = replace(config, field=FieldConfig(**store.meta()["field"]))
             made = partial(MirrorWorker, follower)
             service = MirrorService(adapted, store, endpoint, made, load_init(None))

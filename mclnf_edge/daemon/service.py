@@ -39,10 +39,15 @@ from mclnf_edge.errors import (
 )
 from mclnf_edge.geometry import check_camera, check_pose, check_world
 from mclnf_edge.images import check_image, decode_image
-from mclnf_edge.mapping.initialization import load_init
+from mclnf_edge.mapping.initialization import (
+    Initialization,
+    SignalInitialization,
+    open_init,
+)
+from mclnf_edge.mapping.pieces import decode_piece
 from mclnf_edge.mapping.sites import Sites
 from mclnf_edge.store import DURABILITY, FrameRow, MapStore
-from mclnf_edge.types import Matrix4
+from mclnf_edge.types import Matrix4, Modality
 from mclnf_edge.wire.codec import decode, encode, error_reply
 from mclnf_edge.wire.messages import (
     MAX_MESSAGE_BYTES,
@@ -55,6 +60,7 @@ from mclnf_edge.wire.messages import (
     Follow,
     Hello,
     Message,
+    Put,
     PutFrame,
     PutSignal,
     RenderRequest,
@@ -80,6 +86,12 @@ class _NoHello(ProtocolError):
     code = "no-hello"
 
 
+class WrongModality(ProtocolError):
+    """A stream or piece of another modality than the map's."""
+
+    code = "modality"
+
+
 @dataclass
 class _Stream:
     """A stream that greeted on some connection: its axes, its site and the transform into it."""
@@ -96,7 +108,7 @@ class _Put:
     """A frame on its way into the ledger; `before` is the pose its stream had then."""
 
     peer: bytes
-    message: PutFrame
+    message: Put
     row: FrameRow
     stream: _Stream
     before: Matrix4 | None
@@ -125,10 +137,8 @@ def serve(
     0 means drained and stopped, 1 that the compute thread failed or hung.
     """
     keyring = prepare(config, device)
-    start = load_init(init)
-    meta: dict[str, Any] = {"init": start.digest, "field": asdict(config.field)}
-    if config.map.cell_size_m != "auto":
-        meta["cell_size_m"] = config.map.cell_size_m
+    start = open_init(init)
+    meta = _map_meta(config, start)
     with MapStore.open(
         map_dir, meta=meta, max_journal_bytes=config.map.journal_budget_bytes
     ) as store:
@@ -155,6 +165,9 @@ class Service:
         self, config: ServeConfig, store: MapStore, endpoint: Endpoint, worker: Any, init: Any
     ) -> None:
         self.config, self.store, self.endpoint = config, store, endpoint
+        self.modality: Modality = (
+            init.modality if isinstance(init, SignalInitialization) else "posed"
+        )
         self.worker: Worker = worker(config, store, init, self._post, _threads())
         self._outbox: deque[tuple[bytes, Message]] = deque()
         self._streams: dict[tuple[bytes, str, str], _Stream] = {}
@@ -206,7 +219,7 @@ class Service:
                 message = decode(incoming.parts)
                 check_role(incoming.user, message)
                 self._check(message)
-                if isinstance(message, PutFrame):
+                if isinstance(message, PutFrame | PutSignal):
                     self._take(incoming, message, puts, acks)
                 elif isinstance(message, (CloseTask, Drain)):
                     after.append(incoming)
@@ -241,7 +254,7 @@ class Service:
     def _take(
         self,
         incoming: Incoming,
-        put: PutFrame,
+        put: Put,
         puts: list[_Put],
         acks: dict[bytes, list[Ack]],
     ) -> None:
@@ -249,25 +262,43 @@ class Service:
         stream = self._streams.get((incoming.peer, put.session, put.stream))
         if stream is None:
             raise _NoHello(f"{put.session}/{put.stream} has not said hello on this connection")
-        stream.heard = time.monotonic()
+        stream.heard, before = time.monotonic(), stream.last_pose
         try:
-            frame = opengl_frame(put.frame, stream.axes)  # type: ignore[arg-type]
-            check_camera(frame.camera, "frame.camera")
-            pose = stream.T_site_stream @ check_pose(frame.T_world_camera, "frame.T_world_camera")
-            check_image(frame.image, frame.encoding, frame.camera)
-            decode_image(frame.image, frame.encoding, frame.camera)
+            if isinstance(put, PutSignal):
+                row = self._signal_row(put)
+            else:
+                row = self._frame_row(stream, put)
         except FrameRejected as error:
             self._rejected[(put.session, put.stream)] += 1
             acks[incoming.peer].append(answer(put, "rejected", error.code, str(error)))
             log.warning("frame %s/%s #%d rejected: %s", *put.identity, error)
             return
-        payload, before = None, stream.last_pose
+        puts.append(_Put(incoming.peer, put, row, stream, before))
+
+    def _frame_row(self, stream: _Stream, put: PutFrame) -> FrameRow:
+        """A posed frame, checked, its pose in its site's frame; raises FrameRejected."""
+        if self.modality != "posed":
+            raise WrongModality(f"put-frame: this map holds {self.modality}, use put-signal")
+        frame = opengl_frame(put.frame, stream.axes)  # type: ignore[arg-type]
+        check_camera(frame.camera, "frame.camera")
+        pose = stream.T_site_stream @ check_pose(frame.T_world_camera, "frame.T_world_camera")
+        check_image(frame.image, frame.encoding, frame.camera)
+        decode_image(frame.image, frame.encoding, frame.camera)
+        payload = None
         if not self._hovers(stream, pose):
             stream.last_pose = pose
             kept = replace(put, frame=replace(frame, T_world_camera=pose))
             payload = pack_frame(stream.site, encode(kept))
-        row = FrameRow(put.session, put.stream, frame.seq, frame.timestamp, payload)
-        puts.append(_Put(incoming.peer, put, row, stream, before))
+        return FrameRow(put.session, put.stream, frame.seq, frame.timestamp, payload)
+
+    def _signal_row(self, put: PutSignal) -> FrameRow:
+        """A piece of a signal, checked; without payload when it is not to be learned from."""
+        if self.modality == "posed":
+            raise WrongModality("put-signal: this map holds posed frames, use put-frame")
+        signal = put.signal
+        decode_piece(signal, self.modality)
+        payload = pack_frame(0, encode(put)) if signal.split == "train" else None
+        return FrameRow(put.session, put.stream, signal.seq, signal.timestamp, payload)
 
     def _hovers(self, stream: _Stream, pose: Matrix4) -> bool:
         """Whether a picture adds no parallax to the last one that was taken."""
@@ -325,8 +356,6 @@ class Service:
             self._send(peer, committed(self.store, message, self._frame_bytes))
         elif isinstance(message, FetchModule):
             self._send(peer, chunk(self.store, message))
-        elif isinstance(message, PutSignal):
-            raise ProtocolError("put-signal: this map holds posed frames; its streams have poses")
         else:
             raise ProtocolError(f"{message.tag}: expected a request")
 
@@ -356,12 +385,15 @@ class Service:
         return Closed(id=message.id, tasks=learning)
 
     def _greet(self, peer: bytes, hello: Hello) -> Welcome:
-        if hello.modality != "posed":
-            raise ProtocolError(f"hello: expected modality posed, received {hello.modality}")
-        world = check_world(hello.world)
-        sites = Sites(self.store.meta())
-        self.store.fix_meta(sites.add(world))
-        site, transform = sites.find(world)
+        if hello.modality != self.modality:
+            raise WrongModality(
+                f"hello: this map holds {self.modality}, received modality {hello.modality}"
+            )
+        world, site, transform = check_world(hello.world), 0, np.eye(4)
+        if self.modality == "posed":
+            sites = Sites(self.store.meta())
+            self.store.fix_meta(sites.add(world))
+            site, transform = sites.find(world)
         self.store.put_stream(
             hello.session, hello.stream, {**asdict(hello), "world": asdict(world)}
         )
@@ -381,6 +413,7 @@ class Service:
         return Welcome(
             id=hello.id,
             server=f"mclnf-edge {mclnf_edge.__version__}",
+            modality=self.modality,
             credit_bytes=self._credit(),
             last_seq=last[0]["last_seq"] if last and last[0]["last_seq"] is not None else -1,
             limits={"message_bytes": MAX_MESSAGE_BYTES},
@@ -530,6 +563,18 @@ def _check_supported(config: ServeConfig, device: str) -> None:
             raise ConfigError(
                 f"{name}: expected {' or '.join(built)} in this version, received {value}"
             )
+
+
+def _map_meta(config: ServeConfig, init: Initialization | SignalInitialization) -> dict[str, Any]:
+    """What the map on disk must agree with."""
+    if isinstance(init, SignalInitialization):
+        return {"modality": init.modality, "init": init.digest, "signal": init.as_meta()}
+    meta: dict[str, Any] = {
+        "modality": "posed", "init": init.digest, "field": asdict(config.field)
+    }  # fmt: skip
+    if config.map.cell_size_m != "auto":
+        meta["cell_size_m"] = config.map.cell_size_m
+    return meta
 
 
 def _threads() -> int:

@@ -18,21 +18,27 @@ from typing import Any
 import msgpack
 
 from mclnf_edge.config import ServeConfig
+from mclnf_edge.daemon.signal_replies import ENGINE as SIGNAL_ENGINE
+from mclnf_edge.daemon.signal_replies import signal_reply
 from mclnf_edge.daemon.warm_up import warm_up
 from mclnf_edge.errors import Corrupt, DiskFull, MclnfError, ProtocolError, StoreError
 from mclnf_edge.geometry import check_camera, check_pose
 from mclnf_edge.images import encode_image
 from mclnf_edge.inference.renderer import Renderer
-from mclnf_edge.mapping.initialization import Initialization
+from mclnf_edge.mapping.initialization import Initialization, SignalInitialization
+from mclnf_edge.mapping.interface import TaskMapper
 from mclnf_edge.mapping.mapper import Mapper
+from mclnf_edge.mapping.signals import SignalMapper
 from mclnf_edge.store import MapStore, ModuleRecord, module_info
-from mclnf_edge.types import Render, View
+from mclnf_edge.types import ModuleSnapshot, Render, View
 from mclnf_edge.wire.codec import decode
 from mclnf_edge.wire.messages import (
     ErrorReply,
     Message,
     Progress,
+    Put,
     PutFrame,
+    PutSignal,
     RenderReply,
     RenderRequest,
 )
@@ -66,12 +72,12 @@ def pack_frame(site: int, parts: list[bytes]) -> bytes:
     return packed
 
 
-def unpack_frame(payload: bytes) -> tuple[int, PutFrame]:
-    """The site and frame of a ledger payload; raises Corrupt or ProtocolError."""
+def unpack_frame(payload: bytes) -> tuple[int, Put]:
+    """The site and frame or signal of a ledger payload; raises Corrupt or ProtocolError."""
     site, *parts = msgpack.unpackb(payload, raw=False)
     message = decode(parts)
-    if not isinstance(message, PutFrame):
-        raise Corrupt(f"ledger payload: expected put-frame, received {message.tag}")
+    if not isinstance(message, PutFrame | PutSignal):
+        raise Corrupt(f"ledger payload: expected put-frame or put-signal, received {message.tag}")
     return int(site), message
 
 
@@ -99,15 +105,13 @@ class Worker(threading.Thread):
         self,
         config: ServeConfig,
         store: MapStore,
-        init: Initialization,
+        init: Initialization | SignalInitialization,
         send: Callable[[bytes, Message], None],
         threads: int,
     ) -> None:
         super().__init__(name="compute", daemon=True)
         self.config, self.store, self._send = config, store, send
-        self.mapper = Mapper(
-            config.map, config.field, config.adapt, init.mlp, threads, store.load_module
-        )
+        self.mapper = _mapper(config, init, threads, store.load_module)
         self.renderer = Renderer()
         self.error: BaseException | None = None
         self.beat = time.monotonic()
@@ -130,6 +134,7 @@ class Worker(threading.Thread):
         self._checkpoint_due = time.monotonic() + config.watch.checkpoint_s
         self._rate: deque[tuple[float, float]] = deque(maxlen=40)
         self._committed: dict[str, dict[str, Any]] = {}
+        self._newest: dict[str, int] = {}
         self.disk_full = False
         self._state_due = self._take_in_due = 0.0
         self.render_cpu_s, self.renders = 0.0, 0
@@ -196,6 +201,8 @@ class Worker(threading.Thread):
 
     def _prepare(self) -> None:
         """Frames are taken meanwhile; renders wait."""
+        if not isinstance(self.mapper, Mapper):
+            return  # signals run on torch
         log.info("preparing kernels; on a machine's first start the compiler takes minutes")
         self.beat = time.monotonic() + _COMPILE_S
         warm_up(self.config, self.mapper.threads)
@@ -245,6 +252,9 @@ class Worker(threading.Thread):
         self._take_in_due = now + (now - began) * _STEP_SHARE / (1 - _STEP_SHARE)
         return busy
 
+    def _alive(self) -> None:
+        self.beat = time.monotonic()
+
     def _pause(self) -> None:
         """Between two parts of long work; raises _Stopped when there is no time to go on."""
         self.beat = time.monotonic()
@@ -274,6 +284,7 @@ class Worker(threading.Thread):
     def _adopt(self, record: ModuleRecord) -> None:
         """Serve a committed version from now on; a damaged one is quarantined."""
         self._restored += 1
+        self._newest[record.id] = max(record.version, self._newest.get(record.id, 0))
         if record.state != "closed":
             self._committed[f"{record.id}.{record.version}"] = module_info(record)
             return
@@ -307,7 +318,8 @@ class Worker(threading.Thread):
             try:
                 site, put = unpack_frame(held.payload)
                 stream, kept = f"{held.session}/{held.stream}", self._kept.pop(str(held.id), None)
-                self.mapper.add(held.id, stream, put.frame, site=site, kept=kept)
+                piece = put.frame if isinstance(put, PutFrame) else put.signal
+                self.mapper.add(held.id, stream, piece, site=site, kept=kept)
             except Exception as error:  # a frame that cannot be used must not end the daemon
                 log.warning(
                     "frame %d (%s/%s #%d) let go: %s",
@@ -344,8 +356,11 @@ class Worker(threading.Thread):
                 self._stored(lambda c=closing: self.store.let_go(c.let_go))  # type: ignore[misc]
                 self.mapper.forget(closing.let_go)
                 continue
-            record = self._stored(lambda c=closing: self.store.commit_module(c.snapshot, c.let_go))  # type: ignore[misc]
-            module.digest = record.digest
+            number = max(closing.snapshot.version, self._newest.get(closing.snapshot.id, 0) + 1)
+            whole = replace(closing, snapshot=replace(closing.snapshot, version=number))
+            record = self._stored(lambda c=whole: self.store.commit_module(c.snapshot, c.let_go))  # type: ignore[misc]
+            module.digest, module.version = record.digest, record.version
+            self._newest[record.id] = record.version
             self._committed[record.id] = module_info(record)
             self._versions += 1
             self.mapper.forget(closing.let_go)
@@ -423,6 +438,11 @@ class Worker(threading.Thread):
             late = f"waited {waited:.0f} ms of {request.deadline_ms} ms"
             self._send(job.peer, ErrorReply(id=request.id, code="stale", message=late))
             return
+        if isinstance(self.mapper, SignalMapper):
+            pixels = self.config.render.preview_px
+            reply = signal_reply(self.mapper, request, pixels, self._versions, self._alive)
+            self._send(job.peer, reply)
+            return
         view = _sized(request)
         small = replace(view, camera=_preview(view, self.config.render.preview_px))
         if request.quality in ("preview", "progressive"):
@@ -433,6 +453,7 @@ class Worker(threading.Thread):
     def _reply(self, job: RenderJob, view: View, *, final: bool) -> RenderReply:
         start, request = time.monotonic(), job.request
         mapper = self.mapper
+        assert isinstance(mapper, Mapper)
         gain = mapper.exposures.at(view.stream, view.timestamp)
         origin = mapper.origins.get(job.site)
         done = self.renderer.render(mapper.pool, origin, view, gain, self._versions, job.site)
@@ -461,14 +482,14 @@ class Worker(threading.Thread):
         self._state_due = now + _STATE_S
         mapper, asked, draining = self.mapper, self._drains, self._drain
         modules = list(self._committed.values())
-        for m in mapper.learning():
+        learning = mapper.learning()
+        for m in learning:
             state = "adapting" if draining else "open"
             told = mapper.describe(m)
             modules.append(
                 {"id": m.id, "version": m.version, "state": state, "digest": ""}
                 | {key: told[key] for key in ("steps", "frames", "bounds", "psnr")}
             )
-        learning = mapper.learning()
         done = mapper.progress()
         self._rate.append((now, done))
         backlog = self._stored(lambda: self.store.count_held(self._last_id))
@@ -483,25 +504,33 @@ class Worker(threading.Thread):
             frames_waiting=len(mapper.frames) + backlog,
             modules_open=len(learning),
             modules_closed=self._versions,
-            steps=mapper.optimizer.steps,
+            steps=mapper.steps,
             psnr=mapper.psnr,
             seconds_left=0.0 if finished else _seconds_left(self._rate),
         )
         self._progress = (asked, progress)
         self.state = {
             "modules": modules,
-            "engine": _COMPUTE_ENGINE,
-            "steps": mapper.optimizer.steps,
+            "engine": _COMPUTE_ENGINE if isinstance(mapper, Mapper) else SIGNAL_ENGINE,
+            "steps": mapper.steps,
             "frames_held": len(mapper.frames),
             "frames_waiting": backlog,
-            "frames_short": sum(
-                f.rays < self.config.adapt.min_rays_per_frame for f in mapper.frames.values()
-            ),
-            "cell_size_m": None if mapper.pool is None else mapper.pool.cell_m,
             "psnr": mapper.psnr,
             "progress": done if learning or finished else 0.0,
-            "arrays_mb": 0.0 if mapper.pool is None else mapper.pool.memory_bytes() / 1e6,
+            **mapper.facts(),
         }
+
+
+def _mapper(
+    config: ServeConfig,
+    init: Initialization | SignalInitialization,
+    threads: int,
+    recall: Callable[[str, int], ModuleSnapshot],
+) -> TaskMapper:
+    """The mapper of what the initialization is for."""
+    if isinstance(init, SignalInitialization):
+        return SignalMapper(config, init, recall)
+    return Mapper(config.map, config.field, config.adapt, init.mlp, threads, recall)
 
 
 def _seconds_left(rate: deque[tuple[float, float]]) -> float | None:

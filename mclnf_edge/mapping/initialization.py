@@ -23,7 +23,7 @@ FORMAT = "mclnf-edge-init"
 VERSION = 1
 SIGNAL_FORMAT = "mclnf-init-1"
 MAX_BYTES = 8 * 1024 * 1024
-SHIPPED = {name: f"{name}_init.pt" for name in ("city", "image", "video", "audio")}
+SHIPPED = {name: f"{name}_init.pt" for name in ("city", "image", "video")}
 
 SignalModality = Literal["image", "video", "audio"]
 SHAPES: dict[SignalModality, tuple[int, int]] = {"image": (2, 3), "video": (3, 3), "audio": (1, 1)}
@@ -67,6 +67,20 @@ class SignalInitialization:
     digest: str
     meta: dict[str, Any]
 
+    def as_meta(self) -> dict[str, Any]:
+        """JSON-able: what a map needs to be read without the file; `of_meta` reads it."""
+        window = None if self.window is None else asdict(self.window)
+        return {"modality": self.modality, "field": asdict(self.field), "window": window}
+
+    @classmethod
+    def of_meta(cls, meta: dict[str, Any]) -> SignalInitialization:
+        """An initialization to read a map with: the right shapes, random values."""
+        import torch
+
+        field = Siren(**meta["field"])
+        params = field.init(torch.Generator().manual_seed(0))
+        return cls(meta["modality"], field, params, 0.0, Window(**meta["window"]), "", {})
+
 
 def load_init(path: Path | None) -> Initialization:
     """Read an initialization of posed modules, the shipped one when `path` is None.
@@ -97,12 +111,18 @@ def load_signal_init(path: Path) -> SignalInitialization:
 def open_init(path: Path | None) -> Initialization | SignalInitialization:
     """Read an initialization of any modality.
 
-    `path` None is the shipped one of posed modules; the names city, image, video and audio are the
-    shipped ones where no file is called so. Raises InitError as `load_init` does.
+    `path` None is the shipped one of posed modules; the names city, image and video are the
+    shipped ones where no file is called so; none of audio is shipped.
+    Raises InitError as `load_init` does.
     """
     path = Path("city") if path is None else path
     if str(path) in SHIPPED and not path.exists():
         path = Path(str(resources.files("mclnf_edge") / "inits" / SHIPPED[str(path)]))
+    if str(path) == "audio" and not path.exists():
+        raise InitError(
+            "init audio: none is shipped (the one tried learned no speech); expected a file made "
+            "by `meta_trainer train`"
+        )
     data, content = _read(path)
     digest = hashlib.sha256(data).hexdigest()
     if content.get("format") == SIGNAL_FORMAT:

@@ -108,6 +108,11 @@ class Mapper:
         """How modules are adapted; the optimizer's own settings."""
         return self.optimizer.adapt
 
+    @property
+    def steps(self) -> int:
+        """Optimization steps of the map so far."""
+        return self.optimizer.steps
+
     def learning(self) -> list[Module]:
         """The modules that are not frozen."""
         return [m for m in self.modules.values() if m.row >= 0]
@@ -498,6 +503,16 @@ class Mapper:
                     self.targets = None
 
     # -- closing --------------------------------------------------------------------------------
+
+    def facts(self) -> dict[str, Any]:
+        """What `status` says of the map besides its modules."""
+        return {
+            "cell_size_m": None if self.pool is None else self.pool.cell_m,
+            "arrays_mb": 0.0 if self.pool is None else self.pool.memory_bytes() / 1e6,
+            "frames_short": sum(
+                f.rays < self.adapt.min_rays_per_frame for f in self.frames.values()
+            ),
+        }
 
     def finished(self) -> list[Module]:
         """Open modules that may close: every frame served, and drained or quiet for long enough.

@@ -53,7 +53,9 @@ class Siren:
     """Sine network (Sitzmann et al. 2020): `layers` linear layers, the last without a sine.
 
     The paper's networks: 5 layers of width 256 from 2 to 3 have 198,915 parameters, of width 128
-    50,307 (four modules: 201,228). `omega` multiplies every layer's output before the sine.
+    50,307 (four modules: 201,228). `omega` multiplies every layer's output before the sine;
+    `first_omega` the first layer's instead when it is given, as Sitzmann et al. do for sound: it
+    sets the highest frequency the network begins with, without changing how the others learn.
     """
 
     d_in: int
@@ -61,6 +63,7 @@ class Siren:
     width: int = 256
     layers: int = 5
     omega: float = 30.0
+    first_omega: float | None = None
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -80,7 +83,8 @@ class Siren:
         """Values (..., N, d_out), unbounded, at coords (..., N, d_in) in [-1, 1]."""
         x = coords
         for i in range(self.layers - 1):
-            x = torch.sin(self.omega * linear(params, f"{i}", x, taps))
+            first = self.first_omega if i == 0 else None
+            x = torch.sin((first or self.omega) * linear(params, f"{i}", x, taps))
         return linear(params, f"{self.layers - 1}", x, taps)
 
 
