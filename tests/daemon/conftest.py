@@ -6,12 +6,15 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from mclnf_edge.client import Client
+from mclnf_edge.config import ServeConfig
+from mclnf_edge.daemon.warm_up import warm_up
 from tests.mapping import flights
 
 CONFIG = """
@@ -51,6 +54,14 @@ class Daemon:
         self.address = match[1]
         return self
 
+    def warm(self) -> Daemon:
+        """Wait until its kernels are ready: it then has the speed and size it keeps."""
+        end = time.monotonic() + 300
+        while "kernels are ready" not in self.log.read_text():
+            assert time.monotonic() < end, "the compiler takes too long"
+            time.sleep(0.1)
+        return self
+
     def client(self, session: str | None = None) -> Client:
         """A connection to it, its stream announced when a session is named."""
         client = Client(self.address, give_up_s=60)
@@ -69,6 +80,12 @@ class Daemon:
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(10)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kernels() -> None:
+    """Compiled once for all processes, so that no daemon's client waits for the compiler."""
+    warm_up(ServeConfig(), 2)
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ from tests.wire.tcp_proxy import TcpProxy
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """A daemon that must live through every fault that uses it."""
-    made = Daemon(tmp_path_factory.mktemp("shared")).start()
+    made = Daemon(tmp_path_factory.mktemp("shared")).start().warm()
     yield made
     assert made.process is not None and made.process.poll() is None, "it did not"
     assert made.stop() == 0
