@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_type_hints
 import yaml
 
 from mclnf_edge.errors import ConfigError
-from mclnf_edge.maths.adaptation import Rule, Weighting
+from mclnf_edge.maths.adaptation import Rule, Stepping, Weighting
 from mclnf_edge.maths.fields import Siren
 from meta_trainer.episodes import Cut
 
@@ -26,7 +26,9 @@ class TrainConfig:
 
     `start` says which method the initialization is for, `order` the meta-gradient: "second" (MAML),
     "first" (first-order MAML) or "reptile". `learned_rates`: "none", "meta-sgd" (one step size per
-    parameter) or "per-step" (one per tensor and inner step, MAML++).
+    parameter) or "per-step" (one per tensor and inner step, MAML++). `stepping` is how the inner
+    loop moves; Adam's direction has no finite derivative where a gradient is zero, so that it goes
+    with the first-order meta-gradients only.
     """
 
     dataset: str
@@ -40,6 +42,7 @@ class TrainConfig:
     cut: Cut = "strips"
     order: Order = "second"
     learned_rates: Learned = "none"
+    stepping: Stepping = "sgd"
     inner_steps: int = 2
     inner_rate: float = 1e-2
     outer_rate: float = 1e-4
@@ -67,11 +70,15 @@ class TrainConfig:
             raise ConfigError(
                 f"learned_rates: {self.learned_rates} needs order: second, received {self.order}"
             )
+        if self.stepping == "adam" and self.order == "second":
+            raise ConfigError("stepping: adam needs order: first or reptile, received second")
 
     @property
     def rule(self) -> Rule:
-        """The inner and outer loop's sample weighting."""
-        return Rule(self.weighting, lam=self.lam, cap=self.cap, damping=self.damping)
+        """The inner and outer loop's sample weighting, and the inner loop's steps."""
+        return Rule(
+            self.weighting, self.stepping, lam=self.lam, cap=self.cap, damping=self.damping
+        )
 
     def field(self, d_in: int, d_out: int) -> Siren:
         """The network that is initialized."""
