@@ -128,7 +128,7 @@ def publish(
         str,
         typer.Argument(
             help="Capture folder, video, camera index or address with --poses; or without: a "
-            "picture, clip, folder of frames or WAV file."
+            "picture, clip, folder of pictures, WAV or FLAC file."
         ),
     ],
     connect: Connect = DEFAULT_ADDRESS,
@@ -302,7 +302,9 @@ def _say_modules(state: dict[str, Any]) -> None:
 
 @app.command("eval")
 def evaluate(
-    capture: Annotated[Path, typer.Argument(help="Capture folder; picture, clip or WAV file.")],
+    capture: Annotated[
+        Path, typer.Argument(help="Capture folder; picture, clip, folder of pictures or sound.")
+    ],
     connect: Connect = DEFAULT_ADDRESS,
     map_dir: Annotated[
         Path | None, typer.Option("--map", metavar="DIR", help="Without a daemon.")
@@ -318,6 +320,7 @@ def evaluate(
     """Compare renders with a capture's held-out frames, or with the signal that was published."""
     with _reporting(as_json):
         from mclnf_edge.captures import open_capture, open_signal
+        from mclnf_edge.commands import as_map_holds
         from mclnf_edge.evaluate import evaluate as run
         from mclnf_edge.evaluate import local_renderer
         from mclnf_edge.evaluate_signals import evaluate_signal
@@ -327,6 +330,7 @@ def evaluate(
             if map_dir is not None:
                 raise ConfigError("--map: pictures, videos and sounds are compared with a daemon")
             with _client(connect, server_key, client_key) as client:
+                signal = as_map_holds(client, signal, rate)
                 report = evaluate_signal(signal, client.render_signal, stream, _say_view)
                 report["modules"] = client.status()["modules"]
             _say_evaluated(report, as_json)

@@ -81,7 +81,7 @@ def publish(
     """Send every frame or piece and wait for the answers; counts by outcome, refusals with reasons.
 
     A capture or signal keeps to `rate_hz`; a posed video was thinned to it when it was opened and
-    keeps its pace.
+    keeps its pace. A folder of pictures is what the map holds: images, or a video's frames.
     """
     rejections: list[dict[str, Any]] = []
 
@@ -91,6 +91,7 @@ def publish(
 
     start = time.monotonic()
     if isinstance(source, SignalFile):
+        source = as_map_holds(client, source, rate_hz)
         client.hello(stream=stream or source.name, modality=source.modality)
         counts = client.publish_signals(source.pieces(), rate_hz, heard)
     else:
@@ -106,6 +107,13 @@ def publish(
         return report | {"notes": source.notes}
     gap_s = source.poses.largest_gap_s()
     return report | {"notes": (), "skipped": dict(source.skipped), "largest_gap_s": gap_s}
+
+
+def as_map_holds(client: Client, signal: SignalFile, rate_hz: float | None) -> SignalFile:
+    """See `SignalFile.as_held`; asks the daemon only about a folder."""
+    if not signal.path.is_dir():
+        return signal
+    return signal.as_held(client.status().get("modality"), rate_hz)
 
 
 def wait_adapted(client: Client, say: Callable[[Progress], None]) -> float:

@@ -62,7 +62,7 @@ def evaluate_signal(
     views: list[dict[str, Any]] = []
     frames = list(signal.frames())
     for i, truth in enumerate(frames):
-        time_s = i / signal.rate_hz if signal.rate_hz else 0.0
+        time_s = signal.moment(i)
         height, width = truth.shape[:2]
         reply = render(time_s=time_s, stream=name, width=width, height=height)
         views.append({"time_s": time_s, **_compare(_picture(reply), truth)})

@@ -1,4 +1,4 @@
-"""Sound as samples: checking and decoding chunks, reading and writing WAV files.
+"""Sound as samples: checking and decoding chunks, reading WAV and FLAC, writing WAV files.
 
 Samples are (N,) or (N, channels) float32, full scale -1 to 1.
 """
@@ -42,8 +42,28 @@ def decode_sound(data: bytes, encoding: str, shape: tuple[int, ...]) -> Samples:
     return np.asarray(values.reshape(shape).mean(1), np.float32)
 
 
-def read_wav(path: Path) -> tuple[Samples, int]:
-    """(N, channels) samples and their rate in Hz of a PCM WAV file; CaptureError for another."""
+def read_sound(path: Path) -> tuple[Samples, int]:
+    """(N, channels) samples and their rate in Hz of a PCM WAV or a FLAC file; else CaptureError."""
+    return _read_flac(path) if path.suffix.lower() == ".flac" else _read_wav(path)
+
+
+def _read_flac(path: Path) -> tuple[Samples, int]:
+    try:
+        import soundfile  # the only sounds that need it
+    except ImportError as error:
+        raise CaptureError(f"{path}: FLAC needs the package soundfile: {error}") from error
+    try:
+        with soundfile.SoundFile(path) as file:
+            told, rate = file.frames, file.samplerate
+            samples = file.read(dtype="float32", always_2d=True)
+    except (OSError, RuntimeError) as error:
+        raise CaptureError(f"{path}: cannot be read as a FLAC file: {error}") from error
+    if not 0 < len(samples) == told:
+        raise CaptureError(f"{path}: expected {told} samples, received {len(samples)}")
+    return samples, rate
+
+
+def _read_wav(path: Path) -> tuple[Samples, int]:
     try:
         with wave.open(str(path), "rb") as file:
             width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()

@@ -76,9 +76,7 @@ class TrainConfig:
     @property
     def rule(self) -> Rule:
         """The inner and outer loop's sample weighting, and the inner loop's steps."""
-        return Rule(
-            self.weighting, self.stepping, lam=self.lam, cap=self.cap, damping=self.damping
-        )
+        return Rule(self.weighting, self.stepping, lam=self.lam, cap=self.cap, damping=self.damping)
 
     def field(self, d_in: int, d_out: int) -> Siren:
         """The network that is initialized."""

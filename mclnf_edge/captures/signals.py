@@ -1,11 +1,11 @@
-"""Signals without pose: a picture, a clip or a folder of frames, a sound file, as pieces."""
+"""Signals without pose: pictures, a clip or a folder of frames, a sound file, as pieces."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import cv2
 import numpy as np
@@ -14,20 +14,21 @@ import numpy.typing as npt
 from mclnf_edge.captures.detect import is_capture
 from mclnf_edge.errors import CaptureError
 from mclnf_edge.images import encode_image
-from mclnf_edge.sounds import encode_s16, read_wav
+from mclnf_edge.sounds import encode_s16, read_sound
 from mclnf_edge.types import Modality, Signal
 
 PICTURES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CLIPS: Final = (".mp4", ".avi", ".mov", ".mkv", ".mpg", ".webm")
-SOUNDS: Final = (".wav",)
+SOUNDS: Final = (".wav", ".flac")
 FOLDER_HZ: Final = 25.0
+STILLS_HZ: Final = 1.0
 CHUNK_S: Final = 1.0
 _JPEG_QUALITY: Final = 95
 
 
 @dataclass(frozen=True)
 class SignalFile:
-    """A file's signal. `rate_hz` is frames or samples a second, 0 for one picture."""
+    """A file's or folder's signal. `rate_hz` is pieces or samples a second, 0 for one picture."""
 
     path: Path
     modality: Modality
@@ -44,16 +45,28 @@ class SignalFile:
             yield from self._chunks()
             return
         empty = True
+        encoding: Literal["png", "jpeg"] = "png" if self.modality == "image" else "jpeg"
         for i, rgb in enumerate(self.frames()):
-            empty, still = False, self.modality == "image"
-            data = encode_image(rgb, "png" if still else "jpeg", _JPEG_QUALITY)
-            time_s = 0.0 if still else i / self.rate_hz
+            empty = False
+            data = encode_image(rgb, encoding, _JPEG_QUALITY)
             yield Signal(
-                i, time_s, data, "png" if still else "jpeg", rgb.shape, self.rate_hz,
-                f"{self.name}/{i:06d}",
-            )  # fmt: skip
+                i, self.moment(i), data, encoding, rgb.shape, self.rate_hz, f"{self.name}/{i:06d}"
+            )
         if empty:
             raise CaptureError(f"{self.path}: expected frames, found none that decodes")
+
+    def moment(self, number: int) -> float:
+        """Second of a picture or frame; a single picture is at 0."""
+        return number / self.rate_hz if self.rate_hz else 0.0
+
+    def as_held(self, modality: str | None, rate_hz: float | None = None) -> SignalFile:
+        """What the file is to a map of this modality: a folder is pictures to a map of images.
+
+        Picture i of a folder then stands at second i, or at i / `rate_hz`.
+        """
+        if modality == "image" and self.path.is_dir():
+            return replace(self, modality="image", rate_hz=rate_hz or STILLS_HZ)
+        return self
 
     def frames(self) -> Iterator[npt.NDArray[np.uint8]]:
         """The pictures (H, W, 3) RGB, in order."""
@@ -67,7 +80,7 @@ class SignalFile:
 
     def samples(self) -> npt.NDArray[np.float32]:
         """The sound (N,), the mean of its channels."""
-        return np.asarray(read_wav(self.path)[0].mean(1), np.float32)
+        return np.asarray(read_sound(self.path)[0].mean(1), np.float32)
 
     def _clip(self) -> Iterator[npt.NDArray[np.uint8]]:
         video = cv2.VideoCapture(str(self.path))
@@ -81,7 +94,7 @@ class SignalFile:
             video.release()
 
     def _chunks(self) -> Iterator[Signal]:
-        samples, rate = read_wav(self.path)
+        samples, rate = read_sound(self.path)
         step = max(round(rate * CHUNK_S), 1)
         for i, a in enumerate(range(0, len(samples), step)):
             part = samples[a : a + step]
@@ -109,7 +122,7 @@ def open_signal(source: str, rate_hz: float | None = None) -> SignalFile | None:
     if suffix in PICTURES:
         return SignalFile(path, "image", 0.0)
     if suffix in SOUNDS:
-        return SignalFile(path, "audio", float(read_wav(path)[1]))
+        return SignalFile(path, "audio", float(read_sound(path)[1]))
     video = cv2.VideoCapture(source)
     fps = float(video.get(cv2.CAP_PROP_FPS))
     video.release()

@@ -52,6 +52,15 @@ def test_pictures_are_mapped_across_a_restart_and_compared(tmp_path: Path, fligh
             report = json.loads(out)
             assert code == 0 and report["psnr"] > 20 and report["ssim"] > 0.5
             assert {m["state"] for m in report["modules"]} == {"closed"}
+        folder = tmp_path / "both"
+        folder.mkdir()
+        for file in files:
+            (folder / file.name).write_bytes(file.read_bytes())
+        code, out, _ = command("publish", str(folder), "--wait", "--json", *to)
+        assert code == 0 and json.loads(out)["modality"] == "image"
+        code, out, _ = command("eval", str(folder), "--json", *to)
+        views = json.loads(out)["views"]
+        assert [v["time_s"] for v in views] == [0.0, 1.0] and min(v["psnr"] for v in views) > 20
         shown = tmp_path / "shown.png"
         words = ("--time", "0", "--stream", "two", "--size", "96x80", "--out", str(shown))
         code, _, _ = command("render", *words, *to)

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from mclnf_edge.captures import open_signal
 from mclnf_edge.config import ServeConfig, SignalsConfig
 from mclnf_edge.errors import CaptureError, Corrupt, FrameRejected, InitError
 from mclnf_edge.evaluate_signals import snr
@@ -22,7 +23,7 @@ from mclnf_edge.mapping.initialization import (
 )
 from mclnf_edge.mapping.signals import SignalMapper
 from mclnf_edge.maths.metrics import psnr
-from mclnf_edge.sounds import decode_sound, encode_s16, encode_wav, read_wav
+from mclnf_edge.sounds import decode_sound, encode_s16, encode_wav, read_sound
 from mclnf_edge.types import ModuleSnapshot, Signal
 
 STEPS = 24
@@ -151,14 +152,40 @@ def test_sound_survives_its_file_and_a_cut_one_is_named(tmp_path: Path) -> None:
     sound = np.sin(np.arange(800, dtype=np.float32) / 7) * np.float32(0.5)
     path = tmp_path / "a.wav"
     path.write_bytes(encode_wav(sound, 8000))
-    read, rate = read_wav(path)
+    read, rate = read_sound(path)
     assert rate == 8000 and read.shape == (800, 1)
     np.testing.assert_allclose(read[:, 0], sound, atol=2e-5)
     path.write_bytes(path.read_bytes()[:400])
     with pytest.raises(CaptureError, match="truncated"):
-        read_wav(path)
+        read_sound(path)
     with pytest.raises(FrameRejected, match="expected 1600 bytes"):
         decode_sound(encode_s16(sound)[:-2], "s16le", (800, 1))
+
+
+def test_flac_is_read_and_a_cut_one_is_named(tmp_path: Path) -> None:
+    soundfile = pytest.importorskip("soundfile")
+    sound = np.sin(np.arange(8000, dtype=np.float32) / 7) * np.float32(0.5)
+    path = tmp_path / "a.flac"
+    soundfile.write(path, sound, 16000)
+    signal = open_signal(str(path))
+    assert signal is not None and (signal.modality, signal.rate_hz) == ("audio", 16000.0)
+    np.testing.assert_allclose(signal.samples(), sound, atol=4e-5)
+    path.write_bytes(path.read_bytes()[:30])
+    with pytest.raises(CaptureError, match="a.flac"):
+        read_sound(path)
+
+
+def test_a_folder_is_pictures_or_frames_as_the_map_is(tmp_path: Path) -> None:
+    for i in range(2):
+        (tmp_path / f"{i}.png").write_bytes(encode_image(picture(2.0 * i), "png"))
+    folder = open_signal(str(tmp_path))
+    assert folder is not None and folder.modality == "video"
+    assert [p.timestamp for p in folder.pieces()] == [0.0, 1 / 25]
+    assert folder.as_held("video") == folder and folder.as_held(None) == folder
+    stills = folder.as_held("image")
+    assert [(p.timestamp, p.encoding) for p in stills.pieces()] == [(0.0, "png"), (1.0, "png")]
+    one = open_signal(str(tmp_path / "1.png"))
+    assert one is not None and one.as_held("image") == one
 
 
 def test_snr_is_the_ratio_of_powers() -> None:

@@ -241,6 +241,9 @@ def test_settings_are_checked(tmp_path: Path) -> None:
         config(tmp_path, inner_rate=-1)
     with pytest.raises(ConfigError, match="needs order: second"):
         config(tmp_path, order="first", learned_rates="meta-sgd")
+    with pytest.raises(ConfigError, match="adam needs order: first or reptile"):
+        config(tmp_path, stepping="adam")
+    assert config(tmp_path, stepping="adam", order="reptile").rule.stepping == "adam"
     bad = tmp_path / "bad.yaml"
     bad.write_text("- a\n")
     with pytest.raises(ConfigError, match=r"bad\.yaml: expected keys"):
