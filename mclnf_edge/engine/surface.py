@@ -252,9 +252,12 @@ def fit_gains(values: F32, fixed: npt.NDArray[np.bool_], gains: F32, rounds: int
     logs = np.log(np.maximum(values, 4) / 255)
     out: F32 = gains.copy()
     seen = np.maximum(good.sum(1), 1)[:, None]
+    shown = np.where(good[:, fixed, None], logs[:, fixed] - out[fixed], 0).sum(1)
+    moved = np.flatnonzero(~fixed)
     for _ in range(rounds):
-        level = np.where(good[..., None], logs - out[None], 0).sum(1) / seen
-        for i in np.flatnonzero(~fixed & (good.sum(0) > 20)):
+        level = np.where(good[:, moved, None], logs[:, moved] - out[moved], 0).sum(1)
+        level = (level + shown) / seen
+        for i in moved[good[:, moved].sum(0) > 20]:
             out[i] = np.median((logs[:, i] - level)[good[:, i]], axis=0)
         if not fixed.any():
             out -= out.mean(0)

@@ -97,6 +97,7 @@ class Mapper:
         self.dirty = False
         self.alone = False
         self.tiles: Counter[Cell] = Counter()
+        self.views: Counter[Cell] = Counter()
         self.tiles_per_frame = 1.0
         self.task_of: dict[str, str] = {}
         self.ended: set[str] = set()
@@ -149,6 +150,7 @@ class Mapper:
         self._begin_task(stream, held.task)
         if held.tiles and self.pool is not None:
             held.band = self.pool.height_band(held.tiles)
+            self.views.update(held.tiles.keys())
             self.exposures.remember([held])
             self.targets = None
         else:
@@ -285,10 +287,13 @@ class Mapper:
         log.info("task %s version %d opened: seen again", module.id, module.version)
 
     def _count_tiles(self) -> None:
-        """How many tiles of the held frames each cell owns: what a module's budget follows."""
+        """How many tiles of the held frames each cell owns, what a module's budget follows; of
+        how many frames they are.
+        """
         assert self.pool is not None
-        self.tiles = Counter()
+        self.tiles, self.views = Counter(), Counter()
         for frame in self.frames.values():
+            self.views.update(frame.tiles.keys())
             for cell, tiles in frame.tiles.items():
                 self.tiles[cell] += len(tiles)
             frame.band = self.pool.height_band(frame.tiles)
@@ -343,8 +348,7 @@ class Mapper:
         """Whether a young module was seeded from fewer frames than see it, and no more come."""
         if time.monotonic() - module.last_frame_at < _LEFT_S or not self._young(module):
             return False
-        views = sum(module.cell in f.tiles for f in self.frames.values())
-        return views > 1.1 * module.seeded_with
+        return self.views[module.cell] > 1.1 * module.seeded_with
 
     def _seed(
         self,
@@ -450,11 +454,12 @@ class Mapper:
         site = choose_site(targets, self.random)
         frame_of, tile, row = targets[site]
         began = time.perf_counter()
-        frames = list(self.frames.values())
+        held = list(self.frames.values())
         pick = self.random.integers(0, len(tile), self.adapt.rays_per_step)
-        which = frame_of[pick]
+        drawn, place = np.unique(frame_of[pick], return_inverse=True)
+        frames, which = [held[i] for i in drawn], place.astype(np.int32)
         rays, gains, bands = self.batch(frames, which, tile[pick], self.random)
-        reach = 60.0 * float(max(f.eye[2] - f.band[0] for f in frames if f.site == site))
+        reach = 60.0 * float(max(f.eye[2] - f.band[0] for f in held if f.site == site))
         fit = self.optimizer.step(
             self.pool, rays, gains, bands, site=site, reach=reach, decay=self.progress()
         )
@@ -601,6 +606,7 @@ class Mapper:
         """Let frames go after their module was committed."""
         for frame_id in frame_ids:
             frame = self.frames.pop(frame_id, None)
+            self.views.subtract(frame.tiles.keys() if frame else ())
             for cell, tiles in frame.tiles.items() if frame else ():
                 module = self.modules.get(cell)
                 if module is not None and module.row >= 0:

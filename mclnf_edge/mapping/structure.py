@@ -6,13 +6,14 @@ rasters say which cell each tile of each frame reaches, and what a new module st
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import cv2
 import numpy as np
 import numpy.typing as npt
+from scipy.spatial import cKDTree
 
 from mclnf_edge.engine import surface
 from mclnf_edge.engine.field import CHANNELS, SURFACE
@@ -39,7 +40,28 @@ _WORTH_FRAMES = 0.5  # whole frames' worth of tiles before a cell gets a module 
 _FEW_FRAMES = 8  # of fewer frames a cell needs less
 _ASSUMED_HEIGHT_M = 50.0  # when neither parallax nor the publisher tells
 _TRAINED_RAYS = 4096
+_POINTS = 200_000  # the newest are kept
+_GROUND_POINTS = 200  # around a camera tell the ground below it
+_LEAF = 64  # points in a leaf of the search tree
 _SOLID, _EMPTY = 1.0, 0.015  # starting densities per unit in and above the ground
+
+
+@dataclass
+class Footprint:
+    """Where a frame's tiles meet the ground, by inner cell, by outer cell and in inner margins.
+
+    It holds for `ground` metres of ground height and the rasters `met` on the way there (None: a
+    cell that had none). `tiles` is what `assign` gave the frame when the inner cells worth a module
+    were `worth`.
+    """
+
+    ground: float
+    met: dict[Cell, F32 | None]
+    near: Tiles
+    far: Tiles
+    border: Tiles
+    worth: frozenset[Cell] | None = None
+    tiles: Tiles = field(default_factory=dict)
 
 
 @dataclass
@@ -47,12 +69,15 @@ class Structure:
     """One site's points and rasters in local metres.
 
     `rasters[cell]` is (RASTER, RASTER) surface height; inner cells are of level 2 * `site`.
+    `footprints` are those of the frames assigned last: a long flight changes few at a time.
     """
 
     cell_m: float
     site: int = 0
     points: F32 = field(default_factory=lambda: np.zeros((0, 3), np.float32))
     rasters: dict[Cell, F32] = field(default_factory=dict)
+    footprints: dict[int, Footprint] = field(default_factory=dict, repr=False)
+    _tree: cKDTree | None = field(default=None, repr=False)
 
     def add_frame(self, frame: HeldFrame, others: list[HeldFrame], height_m: float | None) -> None:
         """Triangulate a new frame against the two nearest earlier ones."""
@@ -64,15 +89,28 @@ class Structure:
             found.append(np.repeat(below[None], 8, axis=0))
         if found:
             self.points = np.concatenate([self.points, _plausible(np.concatenate(found), frame)])
-            self.points = self.points[-200_000:]
+            if len(self.points) > 1.2 * _POINTS:
+                self.points, self._tree = self.points[-_POINTS:], None
 
     def ground(self, frame: HeldFrame) -> float:
         """Typical ground height below a frame: the median of the points around it."""
         if len(self.points) < 8:
             return float(frame.eye[2]) - _ASSUMED_HEIGHT_M
-        d = np.linalg.norm(self.points[:, :2] - frame.eye[:2], axis=1)
-        nearest = self.points[np.argpartition(d, min(200, len(d) - 1))[:200], 2]
+        nearest = self.points[self._nearest_points(frame.eye[:2]), 2]
         return min(float(np.median(nearest)), float(frame.eye[2]) - 1.0)
+
+    def _nearest_points(self, xy: F32) -> npt.NDArray[np.int64]:
+        """Indices of the points nearest to xy (2,): from a tree of most and a scan of the rest."""
+        n = len(self.points)
+        if self._tree is None or not self._tree.n <= n <= 1.1 * self._tree.n + _GROUND_POINTS:
+            self._tree = cKDTree(self.points[:, :2], leafsize=_LEAF, balanced_tree=False)
+        old: int = self._tree.n
+        away, index = self._tree.query(xy, min(_GROUND_POINTS, old))
+        added = np.hypot(*(self.points[old:, :2] - xy).T)
+        index = np.concatenate([np.atleast_1d(index), np.arange(old, n)])
+        nearest = np.argsort(np.concatenate([np.atleast_1d(away), added]), kind="stable")
+        found: npt.NDArray[np.int64] = index[nearest[:_GROUND_POINTS]]
+        return found
 
     def band(self, cell: Cell, flying_m: float) -> tuple[float, float]:
         """(lowest, highest) z a cell's module covers: the points around it and some room."""
@@ -89,32 +127,58 @@ class Structure:
             float(high + 0.5 * spread + 0.06 * flying_m),
         )
 
-    def height_at(self, xy: F32, default: F32) -> F32:
-        """(n,) inner raster heights at local points (n, 2), `default` where there is no raster."""
+    def height_at(self, xy: F32, default: F32, met: dict[Cell, F32 | None] | None = None) -> F32:
+        """(n,) inner raster heights at local points (n, 2), `default` where there is no raster.
+
+        `met` gathers the rasters of the cells that the points lie in, None where there is none.
+        """
         edge, level = self.cell_m, 2 * self.site
         out: F32 = default.copy()
         index = np.floor(xy / edge).astype(np.int64)
         for ix, iy in _distinct(index):
             raster = self.rasters.get((level, ix, iy))
+            if met is not None:
+                met[level, ix, iy] = raster
             if raster is not None:
                 here = (index[:, 0] == ix) & (index[:, 1] == iy)
                 at = ((xy[here] / edge - (ix, iy)) * RASTER).astype(np.int64).clip(0, RASTER - 1)
                 out[here] = raster[at[:, 1], at[:, 0]]
         return out
 
-    def hits(self, frame: HeldFrame) -> tuple[F32, npt.NDArray[np.bool_], float]:
-        """Where each tile's ray meets the ground, (n, 2), whether it does, and the height flown."""
-        d, _ = frame.tile_directions()
+    def footprint(self, frame: HeldFrame) -> Footprint:
+        """Where each tile's ray meets the ground; what was found before, if nothing there changed.
+
+        The ray is cut with the ground's height and, four times, with the rasters found there.
+        """
         ground = self.ground(frame)
+        known = self.footprints.get(frame.id)
+        if known is not None and known.ground == ground and self._stands(known):
+            return known
+        d, _ = frame.tile_directions()
         flying = max(float(frame.eye[2]) - ground, 1.0)
+        met: dict[Cell, F32 | None] = {}
         z = np.full(len(d), ground, np.float32)
         down = d[:, 2] < -0.02
         for _ in range(4):
             t = np.where(down, (z - frame.eye[2]) / np.minimum(d[:, 2], -0.02), 0)
             xy = frame.eye[:2] + d[:, :2] * t[:, None]
-            z = 0.5 * (z + self.height_at(xy.astype(np.float32), z))
-        ok = down & (np.linalg.norm(xy - frame.eye[:2], axis=1) < _FAR_HEIGHTS * flying)
-        return xy.astype(np.float32), ok, flying
+            z = 0.5 * (z + self.height_at(xy.astype(np.float32), z, met))
+        xy = xy.astype(np.float32)
+        away = np.linalg.norm(xy - frame.eye[:2], axis=1)
+        ok = down & (away < _FAR_HEIGHTS * flying)
+        close = ok & (away < _NEAR_HEIGHTS * flying)
+        inner = 2 * self.site
+        return Footprint(
+            ground,
+            met,
+            near=_cells(inner, xy, close, self.cell_m),
+            far=_cells(inner + 1, xy, ok, self.cell_m * FAR),
+            border=_borders(inner, xy, close, self.cell_m),
+        )
+
+    def _stands(self, footprint: Footprint) -> bool:
+        """Whether the rasters that a footprint was found with are the present ones."""
+        return all(self.rasters.get(cell) is raster for cell, raster in footprint.met.items())
 
     def assign(
         self, frames: list[HeldFrame], frozen: set[Cell], pause: Pause = lambda: None
@@ -126,32 +190,27 @@ class Structure:
         `pause` is called after each frame.
         """
         least = _WORTH_FRAMES * frames[0].tile_count * min(1.0, len(frames) / _FEW_FRAMES)
-        near_of, far_of = {}, {}
-        near_count: dict[Cell, int] = defaultdict(int)
-        far_count: dict[Cell, int] = defaultdict(int)
+        near_count: Counter[Cell] = Counter()
+        found: dict[int, Footprint] = {}
         for frame in frames:
-            xy, ok, flying = self.hits(frame)
-            close = ok & (np.linalg.norm(xy - frame.eye[:2], axis=1) < _NEAR_HEIGHTS * flying)
-            near_of[frame.id] = _cells(2 * self.site, xy, close, self.cell_m)
-            far_of[frame.id] = _cells(2 * self.site + 1, xy, ok, self.cell_m * FAR)
-            frame.border = _borders(2 * self.site, xy, close, self.cell_m)
-            for cell, tiles in near_of[frame.id].items():
+            reached = found[frame.id] = self.footprint(frame)
+            frame.border = reached.border
+            for cell, tiles in reached.near.items():
                 near_count[cell] += len(tiles)
             pause()
-        worth = {c for c, n in near_count.items() if n >= least} | {
-            c for c in frozen if c[0] == 2 * self.site
-        }
-        for frame in frames:
-            frame.tiles = {c: t for c, t in near_of[frame.id].items() if c in worth}
-            taken = np.concatenate([*frame.tiles.values(), np.zeros(0, np.int32)])
-            for cell, tiles in far_of[frame.id].items():
-                left = np.setdiff1d(tiles, taken)
-                if len(left):
-                    frame.tiles[cell] = left.astype(np.int32)
-                    far_count[cell] += len(left)
+        self.footprints = found
+        inner = 2 * self.site
+        worth = {c for c, n in near_count.items() if n >= least}
+        worth |= {c for c in frozen if c[0] == inner}
+        far_count: Counter[Cell] = Counter()
+        for reached in found.values():
+            _divide(reached, worth)
+            for cell, tiles in reached.tiles.items():
+                if cell[0] != inner:
+                    far_count[cell] += len(tiles)
         worth |= {c for c, n in far_count.items() if n >= least or c in frozen}
         for frame in frames:
-            frame.tiles = {c: t for c, t in frame.tiles.items() if c in worth}
+            frame.tiles = {c: t for c, t in found[frame.id].tiles.items() if c in worth}
         return worth
 
     def sweep(
@@ -305,6 +364,20 @@ def _plausible(points: F32, frame: HeldFrame) -> F32:
     good = (points[:, 2] > low - room) & (points[:, 2] < min(high + room, float(frame.eye[2])))
     kept: F32 = points[good]
     return kept
+
+
+def _divide(footprint: Footprint, worth: set[Cell]) -> None:
+    """Each tile to its inner cell if that is worth a module, else to its outer one."""
+    inner = frozenset(footprint.near.keys() & worth)
+    if footprint.worth == inner:
+        return
+    tiles = {c: t for c, t in footprint.near.items() if c in inner}
+    taken = np.concatenate([*tiles.values(), np.zeros(0, np.int32)])
+    for cell, reaching in footprint.far.items():
+        left = np.setdiff1d(reaching, taken)
+        if len(left):
+            tiles[cell] = left.astype(np.int32)
+    footprint.worth, footprint.tiles = inner, tiles
 
 
 def _distinct(index: npt.NDArray[np.int64]) -> list[tuple[int, int]]:

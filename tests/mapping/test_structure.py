@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from mclnf_edge.config import MapConfig
 from mclnf_edge.engine.volume import FAR
 from mclnf_edge.mapping.frames import TILE, HeldFrame, triangulate
 from mclnf_edge.mapping.mapper import Mapper
-from mclnf_edge.mapping.structure import Structure, auto_cell
+from mclnf_edge.mapping.structure import RASTER, Structure, auto_cell
 from tests import blocks
 from tests.blocks import Ground
 from tests.mapping import flights
@@ -166,6 +167,42 @@ def test_closed_cells_keep_their_tiles_and_rare_ones_get_no_module(
     again = structure.assign(frames[:1], {few, (0, 50, 50)})
     assert few in again and (0, 50, 50) in again
     structure.assign(frames, set())
+
+
+def test_only_frames_whose_ground_changed_are_assigned_anew(
+    frames: list[HeldFrame], structure: Structure
+) -> None:
+    """What is kept between calls changes nothing: a fresh structure gives every frame the same."""
+    structure.assign(frames[:-1], set())
+    before = dict(structure.footprints)
+    met = Counter(cell for known in before.values() for cell in known.met)
+    cell, views = met.most_common()[-1]
+    assert 0 < views < len(before)
+    structure.rasters[cell] = np.full((RASTER, RASTER), -151, np.float32)
+    structure.assign(frames, set())
+    kept = {i for i, known in before.items() if structure.footprints[i] is known}
+    assert kept == {i for i, known in before.items() if cell not in known.met}
+    fresh = Structure(structure.cell_m, points=structure.points, rasters=structure.rasters)
+    found = [(f.tiles, f.border) for f in frames]
+    fresh.assign(frames, set())
+    for (tiles, border), f in zip(found, frames, strict=True):
+        for old, new in ((tiles, f.tiles), (border, f.border)):
+            assert old.keys() == new.keys()
+            assert all(np.array_equal(old[c], new[c]) for c in new)
+    del structure.rasters[cell]
+
+
+def test_ground_is_the_median_of_the_nearest_points_however_they_are_found(
+    frames: list[HeldFrame],
+) -> None:
+    random = np.random.default_rng(3)
+    s = Structure(20.0)
+    for n in (40, 900, 30, 400, 5000, 10):
+        cloud = random.normal(size=(n, 3)) * (40, 40, 3) + (0, 0, -155)
+        s.points = np.concatenate([s.points, cloud.astype(np.float32)])
+        away = np.linalg.norm(s.points[:, :2] - frames[0].eye[:2], axis=1)
+        nearest = s.points[np.argsort(away)[:200], 2]
+        assert s.ground(frames[0]) == pytest.approx(float(np.median(nearest)), abs=1e-5)
 
 
 def test_rays_above_the_horizon_belong_to_no_cell(ground: Ground, structure: Structure) -> None:
