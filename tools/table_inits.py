@@ -31,7 +31,7 @@ from meta_trainer.data import open_items  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = (1, 4, 16, 64, 256)
-HELD_OUT = {"image": ("free-pictures", "faces"), "video": ("video",)}
+HELD_OUT = {"image": ("free-pictures", "faces"), "video": ("video",), "audio": ("speech",)}
 SIGNALS = 4
 
 

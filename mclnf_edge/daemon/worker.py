@@ -127,6 +127,7 @@ class Worker(threading.Thread):
         self._stopping = False
         self._drain = False
         self._ends: deque[tuple[str, str | None]] = deque()
+        self._ended: list[tuple[str, str | None]] = []
         self._last_id = 0
         self._ingested_all = False
         self._versions = self._restored = 0
@@ -173,9 +174,15 @@ class Worker(threading.Thread):
         return request
 
     def end_task(self, stream: str, task: str | None) -> None:
-        """See `Mapper.end_task`; `stream` is "session/stream"."""
+        """See `Mapper.end_task`; `stream` is "session/stream". It is durable when this returns."""
+        self._keep_task(stream, task, "closing")
         self._ends.append((stream, task))
         self.nudge()
+
+    def _keep_task(self, stream: str, task: str | None, state: str) -> None:
+        """`closing`: asked for since the last checkpoint; `ended`: the checkpoint knows it."""
+        name = stream if task is None else f"{stream}/{task}"
+        self.store.put_task(name, state, {"stream": stream, "task": task})
 
     def stop(self) -> None:
         """End after the current step, with a checkpoint of the open work."""
@@ -247,7 +254,8 @@ class Worker(threading.Thread):
         if self.mapper.settle(self._pause, last=ends > 0):
             busy = True
         for _ in range(ends):
-            self.mapper.end_task(*self._ends.popleft())
+            self._ended.append(self._ends.popleft())
+            self.mapper.end_task(*self._ended[-1])
         now = time.monotonic()
         self._take_in_due = now + (now - began) * _STEP_SHARE / (1 - _STEP_SHARE)
         return busy
@@ -275,6 +283,9 @@ class Worker(threading.Thread):
         if kept is not None:
             self.mapper.restore(*kept)
             self._kept = kept[1].get("frames", {})
+        for state, task in self.store.tasks().values():
+            if state == "closing":
+                self._ends.append((task["stream"], task["task"]))
         log.info(
             "map has %d closed versions, %d modules open",
             self._versions,
@@ -403,6 +414,9 @@ class Worker(threading.Thread):
         self._checkpoint_due = time.monotonic() + self.config.watch.checkpoint_s
         try:
             self.store.checkpoint_save(OPEN_WORK, arrays, meta)
+            while self._ended:
+                self._keep_task(*self._ended[-1], "ended")
+                self._ended.pop()
         except StoreError as error:
             log.error("checkpoint: %s", error)
             return False

@@ -23,7 +23,7 @@ FORMAT = "mclnf-edge-init"
 VERSION = 1
 SIGNAL_FORMAT = "mclnf-init-1"
 MAX_BYTES = 8 * 1024 * 1024
-SHIPPED = {name: f"{name}_init.pt" for name in ("city", "image", "video")}
+SHIPPED = {name: f"{name}_init.pt" for name in ("city", "image", "video", "audio")}
 
 SignalModality = Literal["image", "video", "audio"]
 SHAPES: dict[SignalModality, tuple[int, int]] = {"image": (2, 3), "video": (3, 3), "audio": (1, 1)}
@@ -111,18 +111,13 @@ def load_signal_init(path: Path) -> SignalInitialization:
 def open_init(path: Path | None) -> Initialization | SignalInitialization:
     """Read an initialization of any modality.
 
-    `path` None is the shipped one of posed modules; the names city, image and video are the
-    shipped ones where no file is called so; none of audio is shipped.
+    `path` None is the shipped one of posed modules; the names city, image, video and audio are the
+    shipped ones where no file is called so.
     Raises InitError as `load_init` does.
     """
     path = Path("city") if path is None else path
     if str(path) in SHIPPED and not path.exists():
         path = Path(str(resources.files("mclnf_edge") / "inits" / SHIPPED[str(path)]))
-    if str(path) == "audio" and not path.exists():
-        raise InitError(
-            "init audio: none is shipped (the one tried learned no speech); expected a file made "
-            "by `meta_trainer train`"
-        )
     data, content = _read(path)
     digest = hashlib.sha256(data).hexdigest()
     if content.get("format") == SIGNAL_FORMAT:

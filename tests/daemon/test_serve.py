@@ -164,6 +164,28 @@ def test_twenty_kills_lose_no_acknowledged_frame(daemon: Daemon, flight: Flight)
         assert client.publish([replace(flight.frames[0], seq=3)])["duplicate"] == 1
 
 
+def test_a_close_request_outlives_a_kill(daemon: Daemon, flight: Flight) -> None:
+    """It is in the ledger before it is answered; no checkpoint comes in between."""
+    daemon.kill()
+    daemon.config.write_text(CONFIG.replace("checkpoint_s: 1.0", "checkpoint_s: 600"))
+    daemon.start()
+    with daemon.client("drone") as client:
+        assert client.publish(flight.frames)["accepted"] == len(flight.frames)
+        client.close_task()
+    daemon.kill()
+    with MapStore.open(daemon.map, create=False, read_only=True) as store:
+        assert [state for state, _ in store.tasks().values()] == ["closing"]
+    daemon.start()
+    end = time.monotonic() + 120
+    with daemon.client() as client:
+        while any(m["state"] != "closed" for m in (client.status()["modules"] or [{"state": ""}])):
+            assert time.monotonic() < end, "nothing else asks these modules to close"
+            time.sleep(0.2)
+    assert daemon.stop() == 0
+    with MapStore.open(daemon.map, create=False, read_only=True) as store:
+        assert [state for state, _ in store.tasks().values()] == ["ended"]
+
+
 def test_a_late_render_is_told_that_it_is_stale(daemon: Daemon, flight: Flight) -> None:
     send(daemon, flight.frames)
     with daemon.client() as client:
