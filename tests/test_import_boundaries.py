@@ -16,8 +16,8 @@ PACKAGE = ROOT / "mclnf_edge"
 # Each part may import those of earlier lines, and its own files.
 LAYERS = (
     ("errors", "types"),
-    ("config", "geometry"),
-    ("images", "maths", "engine", "sounds"),
+    ("config", "geometry", "maths"),
+    ("images", "engine", "sounds"),
     ("captures", "wire", "mapping", "store", "spool"),
     ("inference",),
     ("outbox",),

@@ -62,12 +62,20 @@ class Layout:
     """Sizes of one module's arrays.
 
     `planes` rows are (first axis, second axis, texels along each, offset in floats); `voxels` are
-    the density grid's cells along x, y, z.
+    the density grid's cells along x, y, z; `weights` the network's parameters and `hidden` the
+    inputs of its output layer.
     """
 
     planes: npt.NDArray[np.int32]
     features: int
     voxels: tuple[int, int, int]
+    weights: int = MLP_SIZE
+    hidden: int = HIDDEN
+
+    @property
+    def output_size(self) -> int:
+        """Entries of the output layer's Fisher diagonal that weigh a ray."""
+        return (self.hidden + 1) * 4
 
     @classmethod
     def of(cls, fine: int = 256, vertical: int = 32, voxels: int = 48) -> Layout:

@@ -74,6 +74,18 @@ class Shot(NamedTuple):
     uniform: np.float32
 
 
+class Painted(NamedTuple):
+    """A picture (height, width, 3) uint8, its depth and known share (height, width), see `paint`.
+
+    `points` is how many places were looked at.
+    """
+
+    rgb: npt.NDArray[np.uint8]
+    depth: F32
+    known: F32
+    points: int
+
+
 class Tile(NamedTuple):
     """Scratch of a tile: its rays, the points of one sample, and a block in the network."""
 

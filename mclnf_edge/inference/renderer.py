@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
-from mclnf_edge.engine.picture import TILE, UNKNOWN, Shot, paint
+from mclnf_edge.engine.picture import UNKNOWN, Painted, Shot
 from mclnf_edge.geometry import require_pinhole
 from mclnf_edge.mapping.modules import ModulePool, cell_name
+from mclnf_edge.mapping.optimizer import paint
 from mclnf_edge.types import Render, View
 
 F32 = npt.NDArray[np.float32]
@@ -22,8 +25,10 @@ _UNIFORM = 0.01
 class Renderer:
     """Renders views of a pool. `points` is how many places the last picture looked at."""
 
-    def __init__(self) -> None:
+    def __init__(self, paint: Callable[[ModulePool, Shot, int], Painted] = paint) -> None:
+        """`paint` is an engine's, by default that of the compiled kernels."""
         self.points = 0
+        self._paint = paint
 
     def render(
         self,
@@ -62,16 +67,11 @@ class Renderer:
             steps=_COARSE_STEPS,
             uniform=np.float32(_UNIFORM),
         )
-        picture, scene = np.empty((h, w, 3), np.uint8), pool.scene(site)
-        depth, known = np.empty((h, w), np.float32), np.empty((h, w), np.float32)
-
-        def part(row: int) -> int:
-            return int(paint(scene, shot, row, row + 1, picture, depth, known))
-
-        self.points = sum(pool.executor.map(part, range(-(-h // TILE))))
-        depth[known < KNOWN] = np.nan
+        done = self._paint(pool, shot, site)
+        self.points = done.points
+        done.depth[done.known < KNOWN] = np.nan
         names = tuple(sorted(cell_name(c) for c in cells))
-        return Render(picture, depth, known, map_version, names)
+        return Render(done.rgb, done.depth, done.known, map_version, names)
 
 
 def _nothing(h: int, w: int, map_version: int) -> Render:

@@ -105,7 +105,7 @@ def _unpack_module(mapper: Mapper, arrays: Arrays, item: dict[str, Any]) -> None
         getattr(pool, name)[m.slot] = arrays[f"{m.id}/{name}"]
     for name in _ROW:
         getattr(pool, name)[m.row] = arrays[f"{m.id}/{name}"]
-    pool.guarded[m.row] = item["version"] > 1
+    pool.guarded[m.row] = item["version"] > 1 and pool.layout.features > 0
     mapper.tiles[cell], m.gone, m.tasks = item["tiles"], item["gone"], set(item["tasks"])
     m.version, m.steps, m.rays = item["version"], item["steps"], item["rays"]
     m.seeded_with, m.psnr = item["seeded_with"], item["psnr"]

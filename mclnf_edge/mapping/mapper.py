@@ -19,13 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from mclnf_edge.config import AdaptConfig, FieldConfig, MapConfig
-from mclnf_edge.engine.field import MLP_SIZE, Layout, random_mlp
-from mclnf_edge.errors import InitError, StoreError
+from mclnf_edge.errors import StoreError
 from mclnf_edge.mapping import exposures, revisits
 from mclnf_edge.mapping.checkpoint import Arrays, cell_of, pack, unpack
+from mclnf_edge.mapping.engines import KERNELS, Compute, layout_of, make_engine, start_of
 from mclnf_edge.mapping.frames import TILE, HeldFrame, hold
 from mclnf_edge.mapping.modules import Cell, Module, ModulePool, pack_information
-from mclnf_edge.mapping.optimizer import Optimizer, show
+from mclnf_edge.mapping.optimizer import Engine
 from mclnf_edge.mapping.rays import Rays, Targets, choose_site, draw
 from mclnf_edge.mapping.structure import Pause, Structure, Tiles, auto_cell
 from mclnf_edge.types import Frame, ModuleSnapshot
@@ -76,12 +76,14 @@ class Mapper:
         mlp: F32 | None = None,
         threads: int = 2,
         recall: Callable[[str, int], ModuleSnapshot] | None = None,
+        compute: Compute = KERNELS,
     ) -> None:
-        """`mlp`: the meta-learned initial parameters, None for a random start."""
-        if mlp is not None and mlp.shape != (MLP_SIZE,):
-            raise InitError(f"init: expected {MLP_SIZE} parameters, received {mlp.shape}")
+        """`mlp`: the meta-learned initial parameters, None for a random start.
+
+        Raises InitError when they are not those of the field's kind.
+        """
         self.config, self.field = map_config, field
-        self.mlp = random_mlp(adapt.seed) if mlp is None else mlp
+        self.mlp = start_of(field, mlp, adapt.seed)
         self.threads = threads
         self.recall = recall
         self.origins: dict[int, npt.NDArray[np.float64]] = {}
@@ -90,7 +92,7 @@ class Mapper:
         self.modules: dict[Cell, Module] = {}
         self.frames: dict[int, HeldFrame] = {}
         self.exposures = exposures.Exposures()
-        self.optimizer = Optimizer(adapt, threads)
+        self.optimizer: Engine[Any] = make_engine(compute, field, adapt, threads)
         self.random = np.random.default_rng(adapt.seed)
         self.psnr: float | None = None
         self.draining = False
@@ -326,9 +328,8 @@ class Mapper:
     def pool_of(self, cell_m: float) -> ModulePool:
         """The pool, made with cells of `cell_m` metres when there is none yet."""
         if self.pool is None:
-            field = self.field
-            layout = Layout.of(field.plane_texels, field.plane_vertical, field.voxels)
-            self.pool = ModulePool(layout, cell_m, self.mlp, self.threads)
+            layout, kernels = layout_of(self.field), self.optimizer.name == "numba"
+            self.pool = ModulePool(layout, cell_m, self.mlp, self.threads, kernels=kernels)
             for structure in self.structures.values():
                 structure.cell_m = cell_m
         return self.pool
@@ -447,15 +448,18 @@ class Mapper:
         return self.modules[cell].row < 0
 
     def step(self) -> StepReport | None:
-        """One optimization step over every open module, None when there is nothing to learn."""
+        """One optimization step over every open module.
+
+        None when there is nothing to learn, or when the device has no room for a step.
+        """
         targets = self.ray_targets()
-        if not targets or self.pool is None:
+        if not targets or self.pool is None or not self.optimizer.rays:
             return None
         site = choose_site(targets, self.random)
         frame_of, tile, row = targets[site]
         began = time.perf_counter()
         held = list(self.frames.values())
-        pick = self.random.integers(0, len(tile), self.adapt.rays_per_step)
+        pick = self.random.integers(0, len(tile), self.optimizer.rays)
         drawn, place = np.unique(frame_of[pick], return_inverse=True)
         frames, which = [held[i] for i in drawn], place.astype(np.int32)
         rays, gains, bands = self.batch(frames, which, tile[pick], self.random)
@@ -463,6 +467,8 @@ class Mapper:
         fit = self.optimizer.step(
             self.pool, rays, gains, bands, site=site, reach=reach, decay=self.progress()
         )
+        if fit is None:
+            return self.step()  # with fewer rays
         exposures.update(frames, which, fit.capped, fit.shown)
         seconds = time.perf_counter() - began
         used = rays.use > 0
@@ -512,6 +518,10 @@ class Mapper:
     def facts(self) -> dict[str, Any]:
         """What `status` says of the map besides its modules."""
         return {
+            "device": self.optimizer.device,
+            "engine": self.optimizer.name,
+            "rays_per_step": self.optimizer.rays,
+            "out_of_memory": not self.optimizer.rays,
             "cell_size_m": None if self.pool is None else self.pool.cell_m,
             "arrays_mb": 0.0 if self.pool is None else self.pool.memory_bytes() / 1e6,
             "frames_short": sum(
@@ -589,7 +599,7 @@ class Mapper:
 
     def _show(self, site: int, ro: F32, rd: F32) -> F32:
         assert self.pool is not None
-        return show(self.pool, self.optimizer.work, site, ro, rd)
+        return self.optimizer.show(self.pool, site, ro, rd)
 
     def _needed(self, frame: HeldFrame) -> bool:
         """Whether an open or coming module learns from a frame, or a closed one may yet."""

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from mclnf_edge.engine import learn, volume
+from mclnf_edge.engine import volume
 from mclnf_edge.engine.field import (
     CHANNELS,
-    MLP_SIZE,
     SURFACE,
     TRANSPOSED_SIZE,
     Layout,
@@ -75,15 +74,55 @@ class Module:
         return cell_name(self.cell)
 
 
+class Copies(Protocol):
+    """Another device's copies of a pool's arrays: `mapping.device`."""
+
+    def pull(self, pool: ModulePool) -> None:
+        """Write what the device has changed to the pool; the pool may be changed from here on."""
+        ...
+
+
+class Shared:
+    """An array that another device may have a newer copy of: whoever reads it has the newest."""
+
+    def __set_name__(self, owner: type[ModulePool], name: str) -> None:
+        self._name = name
+
+    def __get__(self, pool: ModulePool, owner: type[ModulePool] | None = None) -> Any:
+        """The pool's own array, after the device's changes to it."""
+        if self._name not in pool.__dict__:
+            raise AttributeError(self._name)
+        if pool.copies is not None:
+            pool.copies.pull(pool)
+        return pool.__dict__[self._name]
+
+    def __set__(self, pool: ModulePool, value: Any) -> None:
+        pool.__dict__[self._name] = value
+
+
 class ModulePool:
     """Slots of module arrays, rows of learning arrays, and the table that finds them.
 
     A frozen module has row -1: no kernel writes to its slot. Everything is float32 in the map's
-    local frame; `scene()` is the view of it that kernels take.
+    local frame; `scene()` is the view of it that kernels take. Only this class writes to the slot
+    of a frozen module; it puts the slot into `rewritten`, from which `copies` takes it.
     """
 
-    def __init__(self, layout: Layout, cell_m: float, mlp: F32, threads: int) -> None:
-        """`mlp` (MLP_SIZE,) are the shared initial parameters every new module starts from."""
+    features, weights, density = Shared(), Shared(), Shared()
+    surface, seen = Shared(), Shared()
+    fisher, moment, square = Shared(), Shared(), Shared()
+    output_fisher, adam_steps = Shared(), Shared()
+
+    def __init__(
+        self, layout: Layout, cell_m: float, mlp: F32, threads: int, *, kernels: bool = True
+    ) -> None:
+        """`mlp` (layout.weights,) are the shared initial parameters every new module starts from.
+
+        Without `kernels` there is no room for the gradients of the compiled kernels' threads.
+        """
+        self.copies: Copies | None = None
+        self.rewritten: set[int] = set()
+        self._scratch = threads if kernels else 0
         self.layout, self.cell_m, self.mlp = layout, float(cell_m), mlp.astype(np.float32)
         self.threads = threads
         self.executor = ThreadPoolExecutor(threads, thread_name_prefix="engine")
@@ -104,7 +143,7 @@ class ModulePool:
         self.box = _grown(self, "box", (n, 3))
         self.band = _grown(self, "band", (n, 2))
         self.features = _grown(self, "features", (n, self.layout.features))
-        self.weights = _grown(self, "weights", (n, MLP_SIZE))
+        self.weights = _grown(self, "weights", (n, self.layout.weights))
         self.density = _grown(self, "density", (n, self.voxels))
         self.surface = _grown(self, "surface", (n, SURFACE, SURFACE))
         self.seen = _grown(self, "seen", (n, SURFACE, SURFACE), np.uint8)
@@ -116,19 +155,18 @@ class ModulePool:
     def _allocate_rows(self, n: int) -> None:
         texels = self.layout.features // CHANNELS
         self.fisher = _grown(self, "fisher", (n, self.layout.features))
-        self.moment = _grown(self, "moment", (n, MLP_SIZE))
-        self.square = _grown(self, "square", (n, MLP_SIZE))
-        self.output_fisher = _grown(self, "output_fisher", (n, learn.FISHER_SIZE))
+        self.moment = _grown(self, "moment", (n, self.layout.weights))
+        self.square = _grown(self, "square", (n, self.layout.weights))
+        self.output_fisher = _grown(self, "output_fisher", (n, self.layout.output_size))
         self.adam_steps = _grown(self, "adam_steps", (n,))
         self.slot_of_row = _grown(self, "slot_of_row", (n,), np.int32)
         self.guarded = _grown(self, "guarded", (n,), np.bool_)
-        self.transposed = np.zeros((n, TRANSPOSED_SIZE), np.float32)
-        self.gradient = [
-            np.zeros((n, self.layout.features), np.float32) for _ in range(self.threads)
-        ]
-        self.weight_gradient = [np.zeros((n, MLP_SIZE), np.float32) for _ in range(self.threads)]
-        self.touched = [np.zeros(n * texels, np.uint8) for _ in range(self.threads)]
-        self.queue = [np.zeros(n * texels, np.int64) for _ in range(self.threads)]
+        each = range(self._scratch)
+        self.transposed = np.zeros((n if each else 0, TRANSPOSED_SIZE), np.float32)
+        self.gradient = [np.zeros((n, self.layout.features), np.float32) for _ in each]
+        self.weight_gradient = [np.zeros((n, self.layout.weights), np.float32) for _ in each]
+        self.touched = [np.zeros(n * texels, np.uint8) for _ in each]
+        self.queue = [np.zeros(n * texels, np.int64) for _ in each]
         self._free_rows += list(range(n - 1, self.rows - 1, -1))
         self.rows = n
         live = self.owner[self.owner >= 0]
@@ -136,7 +174,9 @@ class ModulePool:
             self.refresh_transposed(live)
 
     def refresh_transposed(self, rows: npt.NDArray[Any]) -> None:
-        """Bring the transposed weights of learning rows up to date."""
+        """Bring the transposed weights of learning rows, which the kernels read, up to date."""
+        if not self._scratch:
+            return
         gathered = self.weights[self.slot_of_row[rows]]
         scratch = np.empty((len(rows), TRANSPOSED_SIZE), np.float32)
         transpose(gathered.reshape(-1), scratch.reshape(-1), np.arange(len(rows)))
@@ -204,7 +244,8 @@ class ModulePool:
         self.refresh_transposed(np.array([row]))
 
     def freeze(self, module: Module) -> None:
-        """From here on nothing writes to the module's slot."""
+        """From here on nothing but this pool writes to the module's slot."""
+        self.rewritten.add(module.slot)
         self.owner[module.slot] = -1
         self._free_rows.append(module.row)
         module.row = -1
@@ -289,6 +330,7 @@ class ModulePool:
         return slot
 
     def _write(self, slot: int, arrays: dict[str, npt.NDArray[Any]]) -> None:
+        self.rewritten.add(slot)
         for name in ("features", "weights", "density", "surface", "seen"):
             target = getattr(self, name)[slot]
             if arrays[name].shape != target.shape:
@@ -299,9 +341,9 @@ class ModulePool:
 
     def memory_bytes(self) -> int:
         """Bytes of every array that grows with the number of modules."""
-        slots = (self.features, self.weights, self.density, self.surface, self.seen)
-        rows = (self.fisher, self.moment, self.square, *self.gradient, *self.queue, *self.touched)
-        return sum(a.nbytes for a in (*slots, *rows))
+        scratch = (*self.gradient, *self.weight_gradient, *self.queue, *self.touched)
+        arrays = (*vars(self).values(), *scratch)
+        return sum(a.nbytes for a in arrays if isinstance(a, np.ndarray))
 
 
 class Workspace:

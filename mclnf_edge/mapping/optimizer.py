@@ -1,22 +1,31 @@
-"""One optimization step on a batch of rays: Algorithm 1, lines 9-17, on the compiled kernels."""
+"""One optimization step on a batch of rays: Algorithm 1, lines 9-17.
+
+`Engine` is what a mapper and a renderer need of whatever computes the field; `Optimizer` does it
+with the compiled kernels, `mapping.torch_engine` with PyTorch.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import logging
+from abc import ABC, abstractmethod
+from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from mclnf_edge.config import AdaptConfig
-from mclnf_edge.engine import learn, volume
+from mclnf_edge.engine import learn, picture, volume
+from mclnf_edge.engine.picture import TILE, Painted, Shot
 from mclnf_edge.mapping.modules import ModulePool, Workspace, trace
 from mclnf_edge.mapping.rays import Rays
 
 F32 = npt.NDArray[np.float32]
+log = logging.getLogger(__name__)
 
-_COARSE_STEPS = 48
-_SAMPLES = 6
-_UNIFORM = 0.05
+COARSE_STEPS = 48
+SAMPLES = 6
+UNIFORM = 0.05
+_FEWEST_RAYS = 256
 
 
 class Fit(NamedTuple):
@@ -32,16 +41,22 @@ class Fit(NamedTuple):
     mse: float
 
 
-class Optimizer:
-    """Moves the modules of a pool that learn; the frozen ones are rendered and not touched.
+T = TypeVar("T")
+"""What an engine remembers of a rendered batch of rays until the step is over."""
+
+
+class Engine(ABC, Generic[T]):
+    """Renders a pool's modules and moves those that learn; the frozen ones are not touched.
 
     `steps` counts from the beginning of the map; `plane_scale` (planes,) is the running mean of
-    squared texel gradients that damps the texels' Fisher information.
+    squared texel gradients that damps the texels' Fisher information. `rays` are the rays a step
+    takes: fewer than the settings say, or none, on a device whose memory is too small for them.
     """
 
-    def __init__(self, adapt: AdaptConfig, threads: int) -> None:
-        self.threads = threads
-        self.work = Workspace(adapt.rays_per_step, _SAMPLES)
+    name: ClassVar[str]
+    device: str
+
+    def __init__(self, adapt: AdaptConfig) -> None:
         self.restart(adapt)
 
     def restart(self, adapt: AdaptConfig) -> None:
@@ -49,6 +64,12 @@ class Optimizer:
         self.adapt = adapt
         self.steps = 0
         self.plane_scale: F32 | None = None
+        self._most_rays = 1 << 62
+
+    @property
+    def rays(self) -> int:
+        """See the class."""
+        return min(self.adapt.rays_per_step, self._most_rays)
 
     def step(
         self,
@@ -60,32 +81,27 @@ class Optimizer:
         site: int,
         reach: float,
         decay: float,
-    ) -> Fit:
+    ) -> Fit | None:
         """Render R rays through the gate, score, weigh, and update every learning module.
 
         `gains` (R, 3) are the exposures' factors, `bands` (R, 2) the heights that hold matter,
         `reach` metres how far rays are followed, `decay` in [0, 1] how far the MLP's rate has
-        fallen (tenfold at 1).
+        fallen (tenfold at 1). None when the device had no room for it: `rays` are fewer then.
         """
         n = len(rays.use)
         self.steps += 1
-        scene = trace(
-            pool, self.work, rays.origins, rays.directions, bands, steps=_COARSE_STEPS,
-            uniform=_UNIFORM, seed=self.steps + self.adapt.seed * 1_000_003, jitter=True,
-            reach=reach, site=site,
-        )  # fmt: skip
-        shown = self.work.tape.rgb[:n] * gains
+        traced, rgb = self._trace(pool, rays, bands, reach, site)
+        shown = rgb * gains
         residual = (shown - rays.truth) * rays.use[:, None]
         mse = float((residual**2).mean() / max(rays.use.mean(), 1e-6))
         cap = self.adapt.robust_cap * max(float(np.sqrt(mse)), 0.02)
         capped = np.clip(residual, -cap, cap)
         d_rgb = np.ascontiguousarray(2 * capped * gains / n, np.float32)
-        weights = self.weigh(pool, scene, d_rgb)
-        d_rgb *= weights[:, None]
-        self._update(pool, scene, d_rgb, decay)
+        weights = self.weigh(pool, traced, d_rgb)
+        self._update(pool, traced, d_rgb, weights, decay)
         return Fit(residual, capped, shown, weights, mse)
 
-    def weigh(self, pool: ModulePool, scene: volume.Scene, d_rgb: F32) -> F32:
+    def weigh(self, pool: ModulePool, traced: T, d_rgb: F32) -> F32:
         """Weights (R,) of the rays (Eq. 3); `adapt.weighting` says what stands for information."""
         adapt, n = self.adapt, len(d_rgb)
         if adapt.weighting == "none" or adapt.fisher_lambda == 0:
@@ -93,16 +109,77 @@ class Optimizer:
         if adapt.weighting == "residual":
             q = learn.residual_score(d_rgb)
         elif adapt.weighting == "gradncp":
-            q = learn.gradncp_score(self.work.tape, d_rgb, _SAMPLES)
+            q = self._gradncp(traced, d_rgb)
         else:
-            q = self.information(pool, scene, d_rgb)
+            q = self.information(pool, traced, d_rgb)
         weights = learn.ray_weights(q, adapt.fisher_lambda, adapt.weight_clamp)
         if adapt.weighting == "shuffled":
             np.random.default_rng((adapt.seed, self.steps)).shuffle(weights)
         return weights
 
-    def information(self, pool: ModulePool, scene: volume.Scene, d_rgb: F32) -> F32:
+    @property
+    def _seed(self) -> int:
+        return self.steps + self.adapt.seed * 1_000_003
+
+    def _shrink(self, reason: str) -> None:
+        """Take half the rays from now on, none when that would be too few to learn from."""
+        half = self.rays // 2
+        self._most_rays = half if half >= _FEWEST_RAYS else 0
+        told = f"{half} rays a step from now on" if self._most_rays else "learning stops"
+        log.error("%s is out of memory: %s (%s)", self.device, told, reason)
+
+    @abstractmethod
+    def _trace(
+        self, pool: ModulePool, rays: Rays, bands: F32, reach: float, site: int
+    ) -> tuple[T, F32]:
+        """Render a batch; colours (R, 3)."""
+
+    @abstractmethod
+    def information(self, pool: ModulePool, traced: T, d_rgb: F32) -> F32:
         """q = g' F^-1 g (R,) of each ray, from the output layer's running diagonal F."""
+
+    @abstractmethod
+    def _gradncp(self, traced: T, d_rgb: F32) -> F32:
+        """See `learn.gradncp_score`."""
+
+    @abstractmethod
+    def _update(self, pool: ModulePool, traced: T, d_rgb: F32, weights: F32, decay: float) -> None:
+        """Move what learns along the gradient of dL/drgb `d_rgb` (R, 3) times `weights` (R,)."""
+
+    @abstractmethod
+    def show(self, pool: ModulePool, site: int, ro: F32, rd: F32) -> F32:
+        """(n, 3) colours in [0, 1] of rays into a site at exposure 0, through all its modules."""
+
+    @abstractmethod
+    def paint(self, pool: ModulePool, shot: Shot, site: int) -> Painted:
+        """A picture of a site."""
+
+
+class Optimizer(Engine[volume.Scene]):
+    """The compiled kernels, on `threads` of the pool's."""
+
+    name = "numba"
+    device = "cpu"
+
+    def __init__(self, adapt: AdaptConfig, threads: int) -> None:
+        self.threads = threads
+        self.work = Workspace(adapt.rays_per_step, SAMPLES)
+        super().__init__(adapt)
+
+    def _trace(
+        self, pool: ModulePool, rays: Rays, bands: F32, reach: float, site: int
+    ) -> tuple[volume.Scene, F32]:
+        scene = trace(
+            pool, self.work, rays.origins, rays.directions, bands, steps=COARSE_STEPS,
+            uniform=UNIFORM, seed=self._seed, jitter=True, reach=reach, site=site,
+        )  # fmt: skip
+        return scene, self.work.tape.rgb[: len(rays.use)]
+
+    def _gradncp(self, traced: volume.Scene, d_rgb: F32) -> F32:
+        return learn.gradncp_score(self.work.tape, d_rgb, SAMPLES)
+
+    def information(self, pool: ModulePool, traced: volume.Scene, d_rgb: F32) -> F32:
+        """See `Engine`."""
         n, running = len(d_rgb), pool.output_fisher
         damped = running + self.adapt.fisher_damping * running.mean(1, keepdims=True) + 1e-20
         q = np.zeros(n, np.float32)
@@ -112,7 +189,7 @@ class Optimizer:
 
         def part(i: int) -> None:
             a, b = n * i // self.threads, n * (i + 1) // self.threads
-            volume.scores(scene, self.work.tape, d_rgb, a, b, _SAMPLES, damped, sums[i], q)
+            volume.scores(traced, self.work.tape, d_rgb, a, b, SAMPLES, damped, sums[i], q)
 
         list(pool.executor.map(part, range(self.threads)))
         total = np.sum(sums, axis=0)
@@ -122,14 +199,17 @@ class Optimizer:
         running[rows] = np.where(first, fresh, 0.95 * running[rows] + 0.05 * fresh)
         return q
 
-    def _update(self, pool: ModulePool, scene: volume.Scene, d_rgb: F32, decay: float) -> None:
+    def _update(
+        self, pool: ModulePool, traced: volume.Scene, d_rgb: F32, weights: F32, decay: float
+    ) -> None:
         tape, threads, n = self.work.tape, self.threads, len(d_rgb)
+        d_rgb = d_rgb * weights[:, None]
 
         def part(i: int) -> int:
             a, b = n * i // threads, n * (i + 1) // threads
             return int(
                 volume.backward(
-                    scene, tape, pool.transposed.reshape(-1), d_rgb, a, b, _SAMPLES,
+                    traced, tape, pool.transposed.reshape(-1), d_rgb, a, b, SAMPLES,
                     pool.gradient[i].reshape(-1), pool.weight_gradient[i].reshape(-1),
                     pool.touched[i], pool.queue[i],
                 )
@@ -173,21 +253,43 @@ class Optimizer:
         pool.moment[rows], pool.square[rows], pool.adam_steps[rows] = moment, square, steps
         pool.refresh_transposed(rows)
 
+    def show(self, pool: ModulePool, site: int, ro: F32, rd: F32) -> F32:
+        """See `Engine`."""
+        bands, reach = whole_site(pool, site, ro)
+        bands = np.tile(bands, (self.work.rays, 1))
+        out = np.empty((len(ro), 3), np.float32)
+        for a in range(0, len(ro), self.work.rays):
+            part = slice(a, a + self.work.rays)
+            trace(
+                pool, self.work, ro[part], rd[part], bands, steps=COARSE_STEPS, uniform=UNIFORM,
+                seed=0, jitter=False, reach=reach, site=site,
+            )  # fmt: skip
+            out[part] = self.work.tape.rgb[: len(ro[part])].clip(0, 1)
+        return out
 
-def show(pool: ModulePool, work: Workspace, site: int, ro: F32, rd: F32) -> F32:
-    """(n, 3) colours in [0, 1] of rays into a site at exposure 0, through all its modules."""
+    def paint(self, pool: ModulePool, shot: Shot, site: int) -> Painted:
+        """See `Engine`."""
+        return paint(pool, shot, site)
+
+
+def whole_site(pool: ModulePool, site: int, ro: F32) -> tuple[F32, float]:
+    """Height band (1, 2) of a site's modules, and how far to follow rays from origins (n, 3)."""
     low, high = pool.height_band(c for c in pool.slot_of if c[0] // 2 == site)
     reach = 60.0 * max(float(ro[:, 2].max()) - low, pool.cell_m)
-    bands = np.tile(np.array([[low, high]], np.float32), (work.rays, 1))
-    out = np.empty((len(ro), 3), np.float32)
-    for a in range(0, len(ro), work.rays):
-        part = slice(a, a + work.rays)
-        trace(
-            pool, work, ro[part], rd[part], bands, steps=_COARSE_STEPS, uniform=_UNIFORM,
-            seed=0, jitter=False, reach=reach, site=site,
-        )  # fmt: skip
-        out[part] = work.tape.rgb[: len(ro[part])].clip(0, 1)
-    return out
+    return np.array([[low, high]], np.float32), reach
+
+
+def paint(pool: ModulePool, shot: Shot, site: int) -> Painted:
+    """A picture of a site by the compiled kernels, on every thread of the pool."""
+    (h, w), scene = shot.size, pool.scene(site)
+    rgb = np.empty((h, w, 3), np.uint8)
+    depth, known = np.empty((h, w), np.float32), np.empty((h, w), np.float32)
+
+    def part(row: int) -> int:
+        return int(picture.paint(scene, shot, row, row + 1, rgb, depth, known))
+
+    points = sum(pool.executor.map(part, range(-(-h // TILE))))
+    return Painted(rgb, depth, known, points)
 
 
 def _plane_means(pool: ModulePool, length: int) -> F32:

@@ -51,7 +51,8 @@ def reopen(
 
     It starts from version k and k's Fisher information: a texel's step divides by the root of all
     the information gathered, _GUARD times over for k's, so what k was sure of hardly moves and the
-    rest is free. The MLP, which every texel shares, stays as it is.
+    rest is free. The MLP, which every texel shares, stays as it is; where there are no texels it
+    learns again, and the parent's probes alone say whether the new version stands.
     """
     module.version, module.state = module.version + 1, "open"
     module.steps, module.rays, module.seconds, module.asked = 0, 0, 0.0, False
@@ -61,7 +62,7 @@ def reopen(
     information = unpack_information(parent.arrays["information"])
     structure.extend(pool, module, fresh, information)
     pool.fisher[module.row] = _GUARD * information
-    pool.guarded[module.row] = True
+    pool.guarded[module.row] = pool.layout.features > 0
 
 
 def anchor(

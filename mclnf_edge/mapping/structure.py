@@ -300,13 +300,14 @@ class Structure:
         at = (nodes(SURFACE, x0), nodes(SURFACE, y0))
         surface.visibility(*at, raster, *grid, slack, masks, P, eyes, seen)
         pool.seen[s] = seen.sum(0)
-        fine = int(layout.planes[0, 2])
-        color = np.zeros((fine, fine, 3), np.float32)
-        at = (nodes(fine, x0), nodes(fine, y0))
-        surface.paint(*at, raster, *grid, seen, images, P, gains, color)
-        logits = np.log(color.clip(0.02, 0.98) / (1 - color.clip(0.02, 0.98)))
-        plane = pool.features[s, : fine * fine * CHANNELS].reshape(fine, fine, CHANNELS)
-        plane[..., :3] = logits
+        if len(layout.planes):
+            fine = int(layout.planes[0, 2])
+            color = np.zeros((fine, fine, 3), np.float32)
+            at = (nodes(fine, x0), nodes(fine, y0))
+            surface.paint(*at, raster, *grid, seen, images, P, gains, color)
+            logits = np.log(color.clip(0.02, 0.98) / (1 - color.clip(0.02, 0.98)))
+            plane = pool.features[s, : fine * fine * CHANNELS].reshape(fine, fine, CHANNELS)
+            plane[..., :3] = logits
         pool.surface[s] = _sample(raster, nodes(SURFACE, x0 - rx), nodes(SURFACE, y0 - ry), inverse)
         cx, cy, edge = pool.bounds(module.cell)
         unit = edge / RASTER
@@ -328,18 +329,18 @@ class Structure:
         low, inverse = (float(v) for v in pool.band[s])
         self.sweep(module.cell, frames, low, low + 1 / inverse)
         self.seed(pool, module, frames)
-        fine = int(layout.planes[0, 2])
-        learned = information[: fine * fine * CHANNELS].reshape(fine, fine, CHANNELS).max(-1) > 0
-        known = (before["seen"] > 0) | _nearest(
-            _grown(learned, fine // SURFACE + 1),
-            *2 * (np.linspace(0, 1, SURFACE, dtype=np.float32),),
-        )
+        known = before["seen"] > 0
+        if len(layout.planes):
+            fine = int(layout.planes[0, 2])
+            texels = information[: fine * fine * CHANNELS].reshape(fine, fine, CHANNELS)
+            learned = _grown(texels.max(-1) > 0, fine // SURFACE + 1)
+            known |= _nearest(learned, *2 * (np.linspace(0, 1, SURFACE, dtype=np.float32),))
+            old = _nearest(known, *2 * (np.linspace(0, 1, fine, dtype=np.float32),))
+            plane = pool.features[s, : fine * fine * CHANNELS].reshape(fine, fine, CHANNELS)
+            kept = before["features"][: fine * fine * CHANNELS].reshape(fine, fine, CHANNELS)
+            plane[old] = kept[old]
         pool.surface[s][known] = before["surface"][known]
         pool.seen[s] = np.minimum(before["seen"].astype(np.int64) + pool.seen[s], 255)
-        old = _nearest(known, *2 * (np.linspace(0, 1, fine, dtype=np.float32),))
-        plane = pool.features[s, : fine * fine * CHANNELS].reshape(fine, fine, CHANNELS)
-        kept = before["features"][: fine * fine * CHANNELS].reshape(fine, fine, CHANNELS)
-        plane[old] = kept[old]
         nx, ny, nz = layout.voxels
         columns = _nearest(known, _within(ny), _within(nx)).ravel()
         pool.density[s].reshape(-1, nz)[columns] = before["density"].reshape(-1, nz)[columns]

@@ -73,7 +73,7 @@ def exact_scores(
     m: Mapper, modules: dict[Any, Any], scene: Any, tape: Any, d_rgb: Any, ro: Any, rd: Any
 ) -> tuple[Any, Any]:
     """(q, ray indices) of the module that most rays meet, by vmap(grad) in float64."""
-    shape = (RAYS, optimizer._SAMPLES)
+    shape = (RAYS, optimizer.SAMPLES)
     weight = tape.weight.reshape(shape).copy()
     weight[np.arange(shape[1]) >= tape.used[:, None]] = 0
     heaviest = weight.argmax(1) + np.arange(RAYS) * shape[1]

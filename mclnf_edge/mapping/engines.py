@@ -1,0 +1,95 @@
+"""Which engine computes a map's field, and what a new module of that field starts from."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from mclnf_edge.config import AdaptConfig, FieldConfig
+from mclnf_edge.engine.field import Layout, random_mlp
+from mclnf_edge.errors import ConfigError, DeviceError, InitError
+from mclnf_edge.mapping.optimizer import Engine, Optimizer
+
+F32 = npt.NDArray[np.float32]
+
+
+class Compute(NamedTuple):
+    """The engine and the device that it computes on."""
+
+    engine: Literal["numba", "torch"]
+    device: Literal["cpu", "cuda"]
+
+
+KERNELS = Compute("numba", "cpu")
+
+
+def choose(engine: str, device: str, kind: str) -> Compute:
+    """What `compute.engine`, `--device` and `field.kind` come to; each may be "auto".
+
+    The compiled kernels (numba) compute feature planes on the CPU; PyTorch computes on CUDA, and
+    the paper's MLP. Raises ConfigError for what does not go together, DeviceError without CUDA.
+    """
+    if engine == "numba" and kind != "planes":
+        raise ConfigError(
+            f"compute.engine: expected auto or torch for field.kind {kind}, received numba"
+        )
+    if engine == "numba" and device == "cuda":
+        raise ConfigError("--device cuda: expected compute.engine auto or torch, received numba")
+    found = device == "cpu" or engine == "numba" or _cuda_found()
+    if device == "cuda" and not found:
+        raise DeviceError("--device cuda: PyTorch finds no CUDA device here; use cpu or auto")
+    on: Literal["cpu", "cuda"] = (
+        "cuda" if found and device != "cpu" and engine != "numba" else "cpu"
+    )
+    if engine == "torch" or on == "cuda" or kind == "mlp":
+        return Compute("torch", on)
+    return Compute("numba", on)
+
+
+def _cuda_found() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def make_engine(
+    compute: Compute, field: FieldConfig, adapt: AdaptConfig, threads: int
+) -> Engine[Any]:
+    """An engine for this kind of field."""
+    if compute.engine == "numba":
+        return Optimizer(adapt, threads)
+    from mclnf_edge.engine.torch_field import MlpNetwork, PlaneNetwork
+    from mclnf_edge.mapping.torch_engine import TorchEngine
+
+    network = (
+        PlaneNetwork() if field.kind == "planes" else MlpNetwork(field.mlp_width, field.mlp_hidden)
+    )
+    return TorchEngine(adapt, network, compute.device)
+
+
+def layout_of(field: FieldConfig) -> Layout:
+    """Sizes of a module's arrays."""
+    if field.kind == "planes":
+        return Layout.of(field.plane_texels, field.plane_vertical, field.voxels)
+    from mclnf_edge.engine.torch_field import MlpNetwork
+
+    return MlpNetwork(field.mlp_width, field.mlp_hidden).layout(field.voxels)
+
+
+def start_of(field: FieldConfig, given: F32 | None, seed: int) -> F32:
+    """The shared initial parameters: `given`, or else a random start; raises InitError."""
+    expected = layout_of(field).weights
+    if given is not None:
+        if given.shape != (expected,):
+            raise InitError(
+                f"init: expected {expected} parameters (field.kind {field.kind}), "
+                f"received {given.shape}"
+            )
+        return given
+    if field.kind == "planes":
+        return random_mlp(seed)
+    from mclnf_edge.engine.torch_field import MlpNetwork
+
+    return MlpNetwork(field.mlp_width, field.mlp_hidden).random(seed)
