@@ -91,7 +91,9 @@ def serve(
     map_dir: Annotated[Path, typer.Option("--map", metavar="DIR", help="The map.")] = Path("map"),
     bind: Annotated[str | None, typer.Option(metavar="ADDR", help="Port 0: a free one.")] = None,
     config: Annotated[Path | None, typer.Option(metavar="YAML", help="Settings.")] = None,
-    device: Annotated[Device, typer.Option(help="Where to compute.")] = "auto",
+    device: Annotated[
+        Device | None, typer.Option(help="Where to compute; else as the settings say.")
+    ] = None,
     follow: Annotated[
         str | None, typer.Option(metavar="ADDR", help="Learn nothing: mirror this daemon.")
     ] = None,

@@ -110,10 +110,17 @@ class SignalsConfig(Section):
 
 
 @dataclass(frozen=True)
+class ComputeConfig(Section):
+    """What computes the field of posed frames: see `mapping.engines.choose`."""
+
+    engine: Literal["auto", "numba", "torch"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass(frozen=True)
 class RenderConfig(Section):
     """What answers render requests."""
 
-    engine: Literal["auto", "kernels", "torch", "onnx"] = "auto"
     resident_mb: int = setting(512, 16)
     preview_px: int = setting(160, 16, 4096)
 
@@ -167,6 +174,7 @@ class ServeConfig(Section):
     field: FieldConfig = section(FieldConfig)
     adapt: AdaptConfig = section(AdaptConfig)
     signals: SignalsConfig = section(SignalsConfig)
+    compute: ComputeConfig = section(ComputeConfig)
     render: RenderConfig = section(RenderConfig)
     security: SecurityConfig = section(SecurityConfig)
     watch: WatchConfig = section(WatchConfig)

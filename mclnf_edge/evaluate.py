@@ -67,28 +67,29 @@ def compare(
 def local_renderer(map_dir: Path, device: str = "auto") -> Callable[[View], Render]:
     """A renderer over the closed modules of a map on disk, without a daemon.
 
-    Raises StoreError when there is no map, Corrupt when a module's checksum is wrong.
+    Raises StoreError when there is no map, Corrupt when a module's checksum is wrong, DeviceError
+    without the device.
     """
     from mclnf_edge.config import FieldConfig, ServeConfig
     from mclnf_edge.inference.renderer import Renderer
+    from mclnf_edge.mapping.engines import choose
     from mclnf_edge.mapping.mapper import Mapper
     from mclnf_edge.mapping.sites import Sites
     from mclnf_edge.store import MapStore
 
-    if device == "cuda":
-        raise ConfigError("--device cuda: the fast field's kernels run on the CPU; use cpu or auto")
     settings = ServeConfig()
     with MapStore.open(map_dir, create=False, read_only=True) as store:
         if "field" not in store.meta():
             raise ConfigError(f"--map {map_dir}: expected a map of posed frames")
         field = FieldConfig(**store.meta()["field"])
         sites = Sites(store.meta())
-        mapper = Mapper(settings.map, field, settings.adapt)
+        compute = choose("auto", device, field.kind)
+        mapper = Mapper(settings.map, field, settings.adapt, compute=compute)
         for record in store.modules():
             if record.state == "closed":
                 snapshot = store.load_module(record.id, record.version)
                 mapper.adopt(snapshot.arrays, snapshot.meta, record.version, record.digest)
-    renderer = Renderer()
+    renderer = Renderer(mapper.optimizer.paint)
 
     def render(view: View) -> Render:
         site, transform = sites.find(view.world)

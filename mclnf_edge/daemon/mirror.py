@@ -13,11 +13,11 @@ from typing import Any
 
 from mclnf_edge.config import FieldConfig, ServeConfig
 from mclnf_edge.daemon.follower import Follower
-from mclnf_edge.daemon.service import Service, prepare
+from mclnf_edge.daemon.service import Service, computing, prepare
 from mclnf_edge.daemon.sockets import Endpoint
 from mclnf_edge.daemon.worker import Worker
 from mclnf_edge.errors import ConfigError, MapMismatch, ProtocolError
-from mclnf_edge.mapping.initialization import load_init
+from mclnf_edge.mapping.engines import open_start
 from mclnf_edge.store import MapStore
 from mclnf_edge.wire.keys import load_public, load_secret
 from mclnf_edge.wire.link import Link
@@ -84,7 +84,7 @@ def serve_mirror(
     keys: tuple[Path | None, Path | None],
     map_dir: Path,
     bind: str,
-    device: str,
+    device: str | None,
     on_ready: Callable[[str], None],
 ) -> int:
     """Mirror the daemon at `leader` into `map_dir` and serve it at `bind`; see `service.serve`.
@@ -93,7 +93,7 @@ def serve_mirror(
     leader's .public file and the .secret file of a client with the role follow: both or neither.
     Raises MapMismatch when `map_dir` is another map.
     """
-    keyring = prepare(config, device)
+    keyring = prepare(config)
     if (keys[0] is None) != (keys[1] is None):
         raise ConfigError("--follow: encryption needs both --server-key and --client-key")
     public = None if keys[0] is None else load_public(keys[0])
@@ -112,8 +112,9 @@ def serve_mirror(
                     "and sounds cannot be mirrored"
                 )
             adapted = replace(config, field=FieldConfig(**store.meta()["field"]))
+            adapted = computing(adapted, device)
             made = partial(MirrorWorker, follower)
-            service = MirrorService(adapted, store, endpoint, made, load_init(None))
+            service = MirrorService(adapted, store, endpoint, made, open_start(adapted, None))
             service.leader = leader
             return service.run(on_ready)
         finally:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 import mclnf_edge
-from mclnf_edge.config import ServeConfig
+from mclnf_edge.config import ComputeConfig, ServeConfig
 from mclnf_edge.daemon.leader import chunk, committed
 from mclnf_edge.daemon.security import Keyring, check_role
 from mclnf_edge.daemon.sockets import Endpoint, Incoming
@@ -39,10 +39,10 @@ from mclnf_edge.errors import (
 )
 from mclnf_edge.geometry import check_camera, check_pose, check_world
 from mclnf_edge.images import check_image, decode_image
+from mclnf_edge.mapping.engines import choose, open_start
 from mclnf_edge.mapping.initialization import (
     Initialization,
     SignalInitialization,
-    open_init,
 )
 from mclnf_edge.mapping.pieces import decode_piece
 from mclnf_edge.mapping.sites import Sites
@@ -127,7 +127,7 @@ def serve(
     init: Path | None,
     map_dir: Path,
     bind: str,
-    device: str,
+    device: str | None,
     on_ready: Callable[[str], None],
 ) -> int:
     """Serve the map in `map_dir` at `bind` until SIGTERM or SIGINT; the process's exit code.
@@ -136,8 +136,13 @@ def serve(
     MapMismatch, StoreError, ConfigError or DeviceError before that; afterwards nothing is raised:
     0 means drained and stopped, 1 that the compute thread failed or hung.
     """
-    keyring = prepare(config, device)
-    start = open_init(init)
+    config = computing(config, device)
+    keyring = prepare(config)
+    start = open_start(config, init)
+    if isinstance(start, SignalInitialization) and config.compute.device == "cuda":
+        raise ConfigError(
+            f"--device cuda: maps of {start.modality} learn on the CPU; use cpu or auto"
+        )
     meta = _map_meta(config, start)
     with MapStore.open(
         map_dir, meta=meta, max_journal_bytes=config.map.journal_budget_bytes
@@ -149,10 +154,20 @@ def serve(
             endpoint.close()
 
 
-def prepare(config: ServeConfig, device: str) -> Keyring | None:
-    """Start the log, refuse settings that are not built yet, read the keys; raises ConfigError."""
+def computing(config: ServeConfig, device: str | None) -> ServeConfig:
+    """The settings with what the command line says of the device.
+
+    Raises ConfigError or DeviceError where engine, device and field do not go together.
+    """
+    if device is not None:
+        config = replace(config, compute=ComputeConfig(config.compute.engine, device))  # type: ignore[arg-type]
+    choose(config.compute.engine, config.compute.device, config.field.kind)
+    return config
+
+
+def prepare(config: ServeConfig) -> Keyring | None:
+    """Start the log and read the keys; raises ConfigError."""
     _configure_logging()
-    _check_supported(config, device)
     if config.security.keys is None:
         return None
     return Keyring.load(config.security.secret_file, config.security.authorised_file)
@@ -469,10 +484,10 @@ class Service:
             for s in self.store.streams()
         ]
         return {
+            "device": "cpu",
             **state,
             "version": mclnf_edge.__version__,
             "streams": streams,
-            "device": "cpu",
             "memory_mb": _resident_mb(),
             "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             "cpu_s": time.process_time(),
@@ -549,20 +564,6 @@ class _Notifier:
         if now >= self._due:
             self._due = now + 1.0
             self.send("WATCHDOG=1")
-
-
-def _check_supported(config: ServeConfig, device: str) -> None:
-    """Raise ConfigError for a choice that is named but not built yet, rather than ignore it."""
-    if device == "cuda":
-        raise ConfigError("--device cuda: the fast field's kernels run on the CPU; use cpu or auto")
-    for name, value, built in (
-        ("field.kind", config.field.kind, ("planes",)),
-        ("render.engine", config.render.engine, ("auto", "kernels")),
-    ):
-        if value not in built:
-            raise ConfigError(
-                f"{name}: expected {' or '.join(built)} in this version, received {value}"
-            )
 
 
 def _map_meta(config: ServeConfig, init: Initialization | SignalInitialization) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def _picture(
         known=pack_plane(done.known, "float16") if "known" in request.want else None,
         map_version=versions,
         modules=done.modules[:4096],
-        engine=ENGINE,
+        engine=f"{ENGINE}/cpu",
         ms=(time.monotonic() - began) * 1e3,
     )
 
@@ -105,6 +105,6 @@ def _sound(
         rate_hz=float(rate_hz),
         map_version=versions,
         modules=asked[:4096],
-        engine=ENGINE,
+        engine=f"{ENGINE}/cpu",
         ms=(time.monotonic() - began) * 1e3,
     )

@@ -13,6 +13,7 @@ import numpy as np
 
 from mclnf_edge.config import ServeConfig
 from mclnf_edge.inference.renderer import Renderer
+from mclnf_edge.mapping.engines import choose
 from mclnf_edge.mapping.mapper import Mapper
 from mclnf_edge.types import Camera, Frame, ModuleSnapshot, View
 
@@ -37,8 +38,9 @@ def _map(config: ServeConfig, threads: int) -> None:
     settings = replace(config.map, cell_size_m=_HEIGHT_M)
     adapt = replace(config.adapt, passes=0.01, rays_per_step=64, min_rays_per_frame=1)
     field = replace(config.field, plane_texels=64, plane_vertical=8, voxels=8)
+    compute = choose(config.compute.engine, config.compute.device, field.kind)
     mapper = Mapper(
-        settings, field, adapt, threads=threads, recall=lambda i, version: committed[i, version]
+        settings, field, adapt, None, threads, lambda i, version: committed[i, version], compute
     )
     for lap in range(2):  # the second sees closed modules again
         for frame in _flight(lap):
@@ -54,7 +56,9 @@ def _map(config: ServeConfig, threads: int) -> None:
             mapper.forget(closing.let_go)
     pose = _flight(0)[0].T_world_camera
     view = View(_CAMERA, pose)
-    Renderer().render(mapper.pool, mapper.origins[0], view, np.zeros(3, np.float32))
+    Renderer(mapper.optimizer.paint).render(
+        mapper.pool, mapper.origins[0], view, np.zeros(3, np.float32)
+    )
 
 
 def _flight(lap: int) -> list[Frame]:

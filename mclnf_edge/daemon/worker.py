@@ -25,6 +25,7 @@ from mclnf_edge.errors import Corrupt, DiskFull, MclnfError, ProtocolError, Stor
 from mclnf_edge.geometry import check_camera, check_pose
 from mclnf_edge.images import encode_image
 from mclnf_edge.inference.renderer import Renderer
+from mclnf_edge.mapping.engines import choose
 from mclnf_edge.mapping.initialization import Initialization, SignalInitialization
 from mclnf_edge.mapping.interface import TaskMapper
 from mclnf_edge.mapping.mapper import Mapper
@@ -58,8 +59,6 @@ _STEP_SHARE = 0.3
 _STATE_S = 0.25
 _COMPILE_S = 900.0
 """The compiler may take this long before it counts as hung."""
-
-_COMPUTE_ENGINE = "kernels"
 
 
 class _Stopped(Exception):
@@ -112,11 +111,14 @@ class Worker(threading.Thread):
         super().__init__(name="compute", daemon=True)
         self.config, self.store, self._send = config, store, send
         self.mapper = _mapper(config, init, threads, store.load_module)
-        self.renderer = Renderer()
+        self.engine = SIGNAL_ENGINE
+        if isinstance(self.mapper, Mapper):
+            self.engine = self.mapper.optimizer.name
+            self.renderer = Renderer(self.mapper.optimizer.paint)
         self.error: BaseException | None = None
         self.beat = time.monotonic()
         self.ready = threading.Event()
-        self.state: dict[str, Any] = {"modules": [], "engine": _COMPUTE_ENGINE, "steps": 0}
+        self.state: dict[str, Any] = {"modules": [], "engine": self.engine, "steps": 0}
         self._progress = (0, Progress())
         self._drains = 0
         self.hover_m = 1e-3
@@ -482,7 +484,7 @@ class Worker(threading.Thread):
             known=pack_plane(done.known, "float16") if "known" in request.want else None,
             map_version=self._versions,
             modules=done.modules[:4096],
-            engine=_COMPUTE_ENGINE,
+            engine=f"{self.engine}/{mapper.optimizer.device}",
             ms=ms,
             final=final,
         )
@@ -525,7 +527,7 @@ class Worker(threading.Thread):
         self._progress = (asked, progress)
         self.state = {
             "modules": modules,
-            "engine": _COMPUTE_ENGINE if isinstance(mapper, Mapper) else SIGNAL_ENGINE,
+            "engine": self.engine,
             "steps": mapper.steps,
             "frames_held": len(mapper.frames),
             "frames_waiting": backlog,
@@ -544,7 +546,8 @@ def _mapper(
     """The mapper of what the initialization is for."""
     if isinstance(init, SignalInitialization):
         return SignalMapper(config, init, recall)
-    return Mapper(config.map, config.field, config.adapt, init.mlp, threads, recall)
+    compute = choose(config.compute.engine, config.compute.device, config.field.kind)
+    return Mapper(config.map, config.field, config.adapt, init.mlp, threads, recall, compute)
 
 
 def _seconds_left(rate: deque[tuple[float, float]]) -> float | None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from mclnf_edge.config import AdaptConfig, FieldConfig
+from mclnf_edge.config import AdaptConfig, FieldConfig, ServeConfig
 from mclnf_edge.engine.field import Layout, random_mlp
 from mclnf_edge.errors import ConfigError, DeviceError, InitError
 from mclnf_edge.mapping.optimizer import Engine, Optimizer
+
+if TYPE_CHECKING:
+    from mclnf_edge.mapping.initialization import Initialization, SignalInitialization
 
 F32 = npt.NDArray[np.float32]
 
@@ -93,3 +97,19 @@ def start_of(field: FieldConfig, given: F32 | None, seed: int) -> F32:
     from mclnf_edge.engine.torch_field import MlpNetwork
 
     return MlpNetwork(field.mlp_width, field.mlp_hidden).random(seed)
+
+
+def open_start(config: ServeConfig, path: Path | None) -> Initialization | SignalInitialization:
+    """The initialization at `path`; for None the shipped one, or a random one for the paper's MLP.
+
+    Raises InitError, also for one of another kind of field.
+    """
+    from mclnf_edge.mapping.initialization import Initialization, open_init
+
+    kind, seed = config.field.kind, config.adapt.seed
+    if path is None and kind == "mlp":
+        return Initialization(start_of(config.field, None, seed), f"random-{seed}", {}, kind)
+    init = open_init(path)
+    if isinstance(init, Initialization) and init.kind != kind:
+        raise InitError(f"init {path}: expected kind {kind} (field.kind), received {init.kind}")
+    return init

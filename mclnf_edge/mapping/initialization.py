@@ -32,11 +32,15 @@ SHAPES: dict[SignalModality, tuple[int, int]] = {"image": (2, 3), "video": (3, 3
 
 @dataclass(frozen=True)
 class Initialization:
-    """Shared parameters (MLP_SIZE,), the digest a map remembers, and how they were made."""
+    """Shared parameters (n,), the digest a map remembers, and how they were made.
+
+    n is MLP_SIZE for the kind planes.
+    """
 
     mlp: npt.NDArray[np.float32]
     digest: str
     meta: dict[str, Any]
+    kind: str = "planes"
 
 
 @dataclass(frozen=True)
@@ -152,15 +156,18 @@ def _posed(path: Path, content: dict[str, Any], digest: str) -> Initialization:
         raise InitError(
             f"init {path}: expected version {VERSION}, received {content.get('version')!r}"
         )
-    if content.get("modality") != "posed" or content.get("kind") != "planes":
+    kind, mlp = content.get("kind"), content.get("mlp")
+    if content.get("modality") != "posed" or kind not in ("planes", "mlp"):
         raise InitError(
-            f"init {path}: expected modality posed, kind planes; received modality "
-            f"{content.get('modality')!r}, kind {content.get('kind')!r}"
+            f"init {path}: expected modality posed, kind planes or mlp; received modality "
+            f"{content.get('modality')!r}, kind {kind!r}"
         )
-    mlp = content.get("mlp")
-    if not isinstance(mlp, torch.Tensor) or mlp.shape != (MLP_SIZE,) or not mlp.isfinite().all():
-        raise InitError(f"init {path}: expected {MLP_SIZE} finite parameters")
-    return Initialization(mlp.numpy().astype(np.float32), digest, _described(path, content))
+    if not isinstance(mlp, torch.Tensor) or mlp.dim() != 1 or not mlp.isfinite().all():
+        raise InitError(f"init {path}: expected finite parameters in one vector")
+    if kind == "planes" and len(mlp) != MLP_SIZE:
+        raise InitError(f"init {path}: expected {MLP_SIZE} finite parameters, received {len(mlp)}")
+    start = mlp.numpy().astype(np.float32)
+    return Initialization(start, digest, _described(path, content), kind)
 
 
 def _described(path: Path, content: dict[str, Any]) -> dict[str, Any]:
@@ -203,7 +210,9 @@ def _whole(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
-def save_init(path: Path, mlp: npt.NDArray[np.float32], meta: dict[str, Any]) -> None:
+def save_init(
+    path: Path, mlp: npt.NDArray[np.float32], meta: dict[str, Any], kind: str = "planes"
+) -> None:
     """Write an initialization with how it was made."""
     import torch
 
@@ -211,7 +220,7 @@ def save_init(path: Path, mlp: npt.NDArray[np.float32], meta: dict[str, Any]) ->
         "format": FORMAT,
         "version": VERSION,
         "modality": "posed",
-        "kind": "planes",
+        "kind": kind,
         "mlp": torch.from_numpy(np.ascontiguousarray(mlp, np.float32)),
         "config": json.dumps(meta),
     }

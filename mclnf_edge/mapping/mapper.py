@@ -519,7 +519,6 @@ class Mapper:
         """What `status` says of the map besides its modules."""
         return {
             "device": self.optimizer.device,
-            "engine": self.optimizer.name,
             "rays_per_step": self.optimizer.rays,
             "out_of_memory": not self.optimizer.rays,
             "cell_size_m": None if self.pool is None else self.pool.cell_m,

@@ -39,7 +39,7 @@ def main() -> int:
     """Serve until broken; the exit code."""
     kind = {"crash": Crashing, "hang": Hanging}[sys.argv[1]]
     config = ServeConfig(watch=WatchConfig(hang_s=2.0))
-    prepare(config, "cpu")
+    prepare(config)
     with MapStore.open(Path(sys.argv[2])) as store:
         endpoint = Endpoint("tcp://127.0.0.1:0")
         service = Service(config, store, endpoint, kind, load_init(None))

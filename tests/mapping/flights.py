@@ -10,6 +10,7 @@ import numpy as np
 
 from mclnf_edge.config import AdaptConfig, FieldConfig, MapConfig
 from mclnf_edge.inference.renderer import Renderer
+from mclnf_edge.mapping.engines import KERNELS, Compute
 from mclnf_edge.mapping.initialization import load_init
 from mclnf_edge.mapping.mapper import Mapper
 from mclnf_edge.maths.metrics import psnr
@@ -67,9 +68,12 @@ def flight(n: int = 8, width: int = 128, height: int = 96) -> Flight:
     return Flight(frames, [View(cam, T) for T in kept], truth)
 
 
-def mapper(frames: list[Frame], threads: int = 1, **adapt: Any) -> Mapper:
+def mapper(
+    frames: list[Frame], threads: int = 1, compute: Compute = KERNELS, **adapt: Any
+) -> Mapper:
     """A mapper that holds the frames and has its modules seeded; `adapt` changes ADAPT."""
-    made = Mapper(MapConfig(cell_size_m=CELL_M), FIELD, replace(ADAPT, **adapt), INIT, threads)
+    settings = MapConfig(cell_size_m=CELL_M)
+    made = Mapper(settings, FIELD, replace(ADAPT, **adapt), INIT, threads, compute=compute)
     for i, frame in enumerate(frames):
         made.add(i, STREAM, frame)
     made.draining = True
@@ -88,7 +92,9 @@ def learn(m: Mapper, most: int = 1000) -> int:
 def render(m: Mapper, view: View, site: int = 0) -> Render:
     """A view of a site at exposure 0."""
     origin = m.origins.get(site)
-    return Renderer().render(m.pool, origin, view, np.zeros(3, np.float32), site=site)
+    return Renderer(m.optimizer.paint).render(
+        m.pool, origin, view, np.zeros(3, np.float32), site=site
+    )
 
 
 def score(m: Mapper, over: Flight) -> float:
