@@ -162,10 +162,10 @@ def _posed(path: Path, content: dict[str, Any], digest: str) -> Initialization:
             f"init {path}: expected modality posed, kind planes or mlp; received modality "
             f"{content.get('modality')!r}, kind {kind!r}"
         )
-    if not isinstance(mlp, torch.Tensor) or mlp.dim() != 1 or not mlp.isfinite().all():
-        raise InitError(f"init {path}: expected finite parameters in one vector")
-    if kind == "planes" and len(mlp) != MLP_SIZE:
-        raise InitError(f"init {path}: expected {MLP_SIZE} finite parameters, received {len(mlp)}")
+    size = MLP_SIZE if kind == "planes" else "a vector of"
+    one = isinstance(mlp, torch.Tensor) and mlp.dim() == 1 and bool(mlp.isfinite().all())
+    if mlp is None or not one or (kind == "planes" and len(mlp) != MLP_SIZE):
+        raise InitError(f"init {path}: expected {size} finite parameters")
     start = mlp.numpy().astype(np.float32)
     return Initialization(start, digest, _described(path, content), kind)
 
