@@ -29,6 +29,8 @@ from mclnf_edge.mapping.engines import choose
 from mclnf_edge.mapping.initialization import Initialization, SignalInitialization
 from mclnf_edge.mapping.interface import TaskMapper
 from mclnf_edge.mapping.mapper import Mapper
+from mclnf_edge.mapping.modules import Module
+from mclnf_edge.mapping.residency import Residency
 from mclnf_edge.mapping.signals import SignalMapper
 from mclnf_edge.store import MapStore, ModuleRecord, module_info
 from mclnf_edge.types import ModuleSnapshot, Render, View
@@ -113,8 +115,11 @@ class Worker(threading.Thread):
         self.mapper = _mapper(config, init, threads, store.load_module)
         self.engine = SIGNAL_ENGINE
         if isinstance(self.mapper, Mapper):
+            budget = config.render.resident_mb * 10**6
+            residency = Residency(self.mapper.modules, budget, self._load)
+            self.mapper.residency = residency
             self.engine = self.mapper.optimizer.name
-            self.renderer = Renderer(self.mapper.optimizer.paint)
+            self.renderer = Renderer(self.mapper.optimizer.paint, residency)
         self.error: BaseException | None = None
         self.beat = time.monotonic()
         self.ready = threading.Event()
@@ -295,23 +300,63 @@ class Worker(threading.Thread):
         )
 
     def _adopt(self, record: ModuleRecord) -> None:
-        """Serve a committed version from now on; a damaged one is quarantined."""
+        """Serve a committed version from now on; a damaged one is quarantined when it is read."""
         self._restored += 1
         self._newest[record.id] = max(record.version, self._newest.get(record.id, 0))
         if record.state != "closed":
             self._committed[f"{record.id}.{record.version}"] = module_info(record)
             return
         try:
-            snapshot = self.store.load_module(record.id, record.version)
-            self.mapper.adopt(snapshot.arrays, snapshot.meta, record.version, record.digest)
+            self._take(record)
         except Corrupt as error:
-            log.error("task %s version %d quarantined: %s", record.id, record.version, error)
-            self.store.quarantine(record.id, record.version)
-            damaged = {**module_info(record), "state": "quarantined"}
-            self._committed[f"{record.id}.{record.version}"] = damaged
+            self._quarantine(record, error)
             return
         self._committed[record.id] = module_info(record)
         self._versions += 1
+
+    def _take(self, record: ModuleRecord) -> None:
+        if isinstance(self.mapper, Mapper):  # reads what it needs, when it needs it
+            self.mapper.adopt(None, record.meta, record.version, record.digest)
+            return
+        snapshot = self.store.load_module(record.id, record.version)
+        self.mapper.adopt(snapshot.arrays, snapshot.meta, record.version, record.digest)
+
+    def _load(self, module: Module) -> None:
+        """Bring a committed module into memory; a damaged one gives way to its last sound version.
+
+        Without one its place is unknown, and may be learned anew.
+        """
+        mapper = self.mapper
+        assert isinstance(mapper, Mapper) and mapper.pool is not None
+        try:
+            snapshot = self.store.load_module(module.id, module.version)
+            module.slot = mapper.pool.load(module.cell, snapshot.arrays)
+        except Corrupt as error:
+            self._replace(mapper, module, error)
+        except StoreError as error:
+            log.error("task %s version %d not read: %s", module.id, module.version, error)
+
+    def _replace(self, mapper: Mapper, module: Module, error: Corrupt) -> None:
+        """Quarantine a damaged version and load the one before, where there is a sound one."""
+        versions = [r for r in self.store.modules() if r.id == module.id]
+        self._quarantine(next(r for r in versions if r.version == module.version), error)
+        sound = [r for r in versions if r.state == "closed" and r.version < module.version]
+        if not sound:
+            self._committed.pop(module.id, None)
+            mapper.lose(module.cell)
+            return
+        self._committed[module.id] = module_info(sound[-1])
+        mapper.adopt(None, sound[-1].meta, sound[-1].version, sound[-1].digest)
+        self._load(mapper.modules[module.cell])
+
+    def _quarantine(self, record: ModuleRecord, error: Corrupt) -> None:
+        log.error("task %s version %d quarantined: %s", record.id, record.version, error)
+        damaged = {**module_info(record), "state": "quarantined"}
+        self._committed[f"{record.id}.{record.version}"] = damaged
+        try:
+            self.store.quarantine(record.id, record.version)
+        except StoreError as full:  # it is found again after a restart
+            log.error("task %s: %s", record.id, full)
 
     def _ingest(self) -> bool:
         """Hand the ledger's next frames to the mapper, for a short while."""

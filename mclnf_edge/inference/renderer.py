@@ -7,10 +7,12 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from mclnf_edge.engine.picture import UNKNOWN, Painted, Shot
+from mclnf_edge.engine.picture import TILE, UNKNOWN, Painted, Shot
 from mclnf_edge.geometry import require_pinhole
+from mclnf_edge.mapping.extents import Window, reachable
 from mclnf_edge.mapping.modules import ModulePool, cell_name
 from mclnf_edge.mapping.optimizer import paint
+from mclnf_edge.mapping.residency import Residency
 from mclnf_edge.types import Render, View
 
 F32 = npt.NDArray[np.float32]
@@ -23,12 +25,19 @@ _UNIFORM = 0.01
 
 
 class Renderer:
-    """Renders views of a pool. `points` is how many places the last picture looked at."""
+    """Renders views of a pool. `points` is how many places the last picture looked at.
 
-    def __init__(self, paint: Callable[[ModulePool, Shot, int], Painted] = paint) -> None:
+    With a `residency`, what a view needs is brought into memory before.
+    """
+
+    def __init__(
+        self,
+        paint: Callable[[ModulePool, Shot, int], Painted] = paint,
+        residency: Residency | None = None,
+    ) -> None:
         """`paint` is an engine's, by default that of the compiled kernels."""
         self.points = 0
-        self._paint = paint
+        self._paint, self._residency = paint, residency
 
     def render(
         self,
@@ -48,13 +57,13 @@ class Renderer:
         camera = view.camera
         require_pinhole(camera)
         h, w = camera.height, camera.width
-        if pool is None or origin is None or not pool.slot_of:
+        if pool is None or origin is None or not len(pool.extents):
             return _nothing(h, w, map_version)
         eye = (view.T_world_camera[:3, 3] - origin).astype(np.float32)
-        cells = pool.in_sight(eye, site)
-        if not cells:
+        rows = pool.extents.in_sight(eye, site)
+        if not len(rows):
             return _nothing(h, w, map_version)
-        band = pool.height_band(cells)
+        band = pool.extents.heights(rows)
         shot = Shot(
             eye=eye,
             turn=np.ascontiguousarray(view.T_world_camera[:3, :3], np.float32),
@@ -67,11 +76,23 @@ class Renderer:
             steps=_COARSE_STEPS,
             uniform=np.float32(_UNIFORM),
         )
+        cells = reachable(pool.extents, _window(shot), site)
+        if self._residency is not None:
+            self._residency.ensure(cells)
         done = self._paint(pool, shot, site)
         self.points = done.points
         done.depth[done.known < KNOWN] = np.nan
         names = tuple(sorted(cell_name(c) for c in cells))
         return Render(done.rgb, done.depth, done.known, map_version, names)
+
+
+def _window(shot: Shot) -> Window:
+    """A whole picture; kernels look at whole tiles, which may stand over its right and bottom."""
+    fx, fy, cx, cy = (float(v) for v in shot.pinhole)
+    height, width = (float(-(-n // TILE) * TILE) for n in shot.size)
+    band = float(shot.band[0]), float(shot.band[1])
+    part = (0.0, 0.0, width, height)
+    return Window(shot.eye, shot.turn, (fx, fy, cx, cy), part, band, float(shot.reach))
 
 
 def _nothing(h: int, w: int, map_version: int) -> Render:

@@ -99,6 +99,8 @@ def _unpack_module(mapper: Mapper, arrays: Arrays, item: dict[str, Any]) -> None
         m = mapper.modules[cell] = pool.spawn(cell, low, low + 1 / inverse)
     else:
         m, closed.state = closed, "open"
+        if cell not in pool.slot_of:
+            m.slot = pool.take_slot(cell)
         pool.place(cell, m.slot, low, low + 1 / inverse)
         pool.thaw(m)
     for name in _SLOT:

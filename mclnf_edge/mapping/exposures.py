@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -23,9 +24,11 @@ class Exposures:
 
     def __init__(self) -> None:
         self._known: dict[str, dict[float, F32]] = {}
+        self._sorted: dict[str, tuple[list[float], list[F32]]] = {}
 
     def remember(self, frames: Iterable[HeldFrame]) -> None:
         """Keep the frames' gains; the arrays are shared, later changes of them are seen."""
+        self._sorted.clear()
         for f in frames:
             self._known.setdefault(f.stream, {})[f.timestamp] = f.gain
 
@@ -42,18 +45,28 @@ class Exposures:
 
         `stream` is "session/stream" or a stream's name alone, then in any session; "" is any.
         """
+        if timestamp is None:
+            return np.zeros(3, np.float32)
+        times, gains = self._sorted.get(stream) or self._in_time(stream)
+        if not times:
+            return np.zeros(3, np.float32)
+        self._sorted[stream] = times, gains
+        first = max(min(bisect.bisect_right(times, timestamp) - 1, len(times) - 2), 0)
+        near = slice(first, first + 2)
+        values = np.stack(gains[near])
+        shares = [np.interp(timestamp, times[near], values[:, c]) for c in range(3)]
+        return np.array(shares, np.float32)
+
+    def _in_time(self, stream: str) -> tuple[list[float], list[F32]]:
+        """Times in order and the gains at them, of the streams that a name may mean."""
         known = [
             item
             for name, items in self._known.items()
             if stream in ("", name, name.rpartition("/")[2])
             for item in items.items()
         ]
-        if timestamp is None or not known:
-            return np.zeros(3, np.float32)
         known.sort(key=lambda item: item[0])
-        times = np.array([t for t, _ in known])
-        values = np.stack([g for _, g in known])
-        return np.array([np.interp(timestamp, times, values[:, c]) for c in range(3)], np.float32)
+        return [t for t, _ in known], [gain for _, gain in known]
 
     def rows(self) -> Rows:
         """All there is, JSON-able."""
@@ -64,6 +77,7 @@ class Exposures:
 
     def load(self, rows: Rows) -> None:
         """Add stored gains."""
+        self._sorted.clear()
         for stream, known in rows.items():
             kept = self._known.setdefault(stream, {})
             kept.update({t: np.array(g, np.float32) for t, *g in known})

@@ -23,10 +23,12 @@ from mclnf_edge.errors import StoreError
 from mclnf_edge.mapping import exposures, revisits
 from mclnf_edge.mapping.checkpoint import Arrays, cell_of, pack, unpack
 from mclnf_edge.mapping.engines import KERNELS, Compute, layout_of, make_engine, start_of
+from mclnf_edge.mapping.extents import crossed
 from mclnf_edge.mapping.frames import TILE, HeldFrame, hold
 from mclnf_edge.mapping.modules import Cell, Module, ModulePool, pack_information
-from mclnf_edge.mapping.optimizer import Engine
+from mclnf_edge.mapping.optimizer import Engine, whole_site
 from mclnf_edge.mapping.rays import Rays, Targets, choose_site, draw
+from mclnf_edge.mapping.residency import Residency
 from mclnf_edge.mapping.structure import Pause, Structure, Tiles, auto_cell
 from mclnf_edge.types import Frame, ModuleSnapshot
 
@@ -105,6 +107,7 @@ class Mapper:
         self.ended: set[str] = set()
         self.returning: dict[int, tuple[Tiles, Tiles]] = {}
         self.targets: Targets | None = None
+        self.residency: Residency | None = None
 
     @property
     def adapt(self) -> AdaptConfig:
@@ -232,7 +235,7 @@ class Mapper:
         steps have learned from fewer.
         """
         last = last or self.draining
-        left = any(self._left(m) for m in self.modules.values())
+        left = any(self._left(m) for m in self.learning())
         if not self.dirty and not left and not (last and self.alone):
             return False
         frames = list(self.frames.values())
@@ -263,9 +266,10 @@ class Mapper:
         closed = {c for c, m in self.modules.items() if m.row < 0}
         worth = structure.assign(frames, closed, pause)
         revisits.anchor(frames, closed, self._show, self.adapt.seed, pause)
-        for cell in sorted(worth & closed):
+        seen = worth & {c for f in frames for c in f.tiles}
+        for cell in sorted(seen & closed & self.modules.keys()):
             self._revisit(structure, self.modules[cell], frames)
-        seeds = [c for c in sorted(worth) if self._needs_seed(c, frames, last)]
+        seeds = [c for c in sorted(seen) if self._needs_seed(c, frames, last)]
         self._seed(pool, structure, seeds, frames, pause)
         now = time.monotonic()
         for frame in frames:
@@ -282,6 +286,7 @@ class Mapper:
             return
         try:
             parent = self.recall(module.id, module.version)
+            module.slot = self.pool.load(module.cell, parent.arrays)
         except StoreError as error:
             log.error("task %s is not learned again: %s", module.id, error)
             return
@@ -330,6 +335,8 @@ class Mapper:
         if self.pool is None:
             layout, kernels = layout_of(self.field), self.optimizer.name == "numba"
             self.pool = ModulePool(layout, cell_m, self.mlp, self.threads, kernels=kernels)
+            if self.residency is not None:
+                self.residency.attach(self.pool)
             for structure in self.structures.values():
                 structure.cell_m = cell_m
         return self.pool
@@ -431,10 +438,19 @@ class Mapper:
                                 [np.full_like(tiles, i), tiles, np.full_like(tiles, module.row)]
                             )
                         )
-            self.targets = {
-                site: tuple(np.concatenate(found, axis=1)) for site, found in parts.items()
-            }
+            targets = {site: tuple(np.concatenate(found, axis=1)) for site, found in parts.items()}
+            self.targets = targets
+            if self.residency is not None and self.pool is not None:
+                reach = {site: self._reach(site) for site in targets}
+                self.residency.hold(list(self.frames.values()), targets, reach)
+            return targets
         return self.targets
+
+    def _reach(self, site: int) -> float:
+        """How far rays of a site's held frames are followed, metres."""
+        return 60.0 * float(
+            max(f.eye[2] - f.band[0] for f in self.frames.values() if f.site == site)
+        )
 
     def _seams(self, frame: HeldFrame) -> list[tuple[Cell, I32]]:
         """The tiles of closed cells that lie in the margin of each other cell."""
@@ -463,9 +479,8 @@ class Mapper:
         drawn, place = np.unique(frame_of[pick], return_inverse=True)
         frames, which = [held[i] for i in drawn], place.astype(np.int32)
         rays, gains, bands = self.batch(frames, which, tile[pick], self.random)
-        reach = 60.0 * float(max(f.eye[2] - f.band[0] for f in held if f.site == site))
         fit = self.optimizer.step(
-            self.pool, rays, gains, bands, site=site, reach=reach, decay=self.progress()
+            self.pool, rays, gains, bands, site=site, reach=self._reach(site), decay=self.progress()
         )
         if fit is None:
             return self.step()  # with fewer rays
@@ -523,6 +538,7 @@ class Mapper:
             "out_of_memory": not self.optimizer.rays,
             "cell_size_m": None if self.pool is None else self.pool.cell_m,
             "arrays_mb": 0.0 if self.pool is None else self.pool.memory_bytes() / 1e6,
+            **({} if self.residency is None else self.residency.facts()),
             "frames_short": sum(
                 f.rays < self.adapt.min_rays_per_frame for f in self.frames.values()
             ),
@@ -557,6 +573,7 @@ class Mapper:
         information = pack_information(self.pool.fisher[module.row])
         self.pool.freeze(module)
         module.state = "closed"
+        digest, module.digest = module.digest, ""  # not on disk yet
         self.targets = None
         let_go = {}
         for frame_id in sorted(module.frames):
@@ -571,6 +588,7 @@ class Mapper:
             assert self.recall is not None
             before = self.recall(module.id, module.version - 1)
             if not self._holds(module, before):
+                module.digest = digest
                 return Closing(None, let_go)
             probes = revisits.mixed(before.arrays["probes"], probes)
             parent = {"parent": before.version}
@@ -598,6 +616,10 @@ class Mapper:
 
     def _show(self, site: int, ro: F32, rd: F32) -> F32:
         assert self.pool is not None
+        if self.residency is not None:
+            bands, reach = whole_site(self.pool, site, ro)
+            band = float(bands[0, 0]), float(bands[0, 1])
+            self.residency.ensure(crossed(self.pool.extents, site, ro, rd, band, reach))
         return self.optimizer.show(self.pool, site, ro, rd)
 
     def _needed(self, frame: HeldFrame) -> bool:
@@ -655,22 +677,35 @@ class Mapper:
 
     def adopt(
         self,
-        arrays: dict[str, npt.NDArray[Any]],
+        arrays: dict[str, npt.NDArray[Any]] | None,
         meta: dict[str, Any],
         version: int,
         digest: str,
     ) -> None:
-        """Load a committed module; the first one brings its site's origin and the cell size."""
+        """Know a committed module; the first one brings its site's origin and the cell size.
+
+        Without `arrays` it is loaded when it is needed, by `residency`.
+        """
         pool = self.pool_of(float(meta["cell_size_m"]))
         cell = cell_of(meta["cell"])
         self.origins.setdefault(cell[0] // 2, np.array(meta["origin"], np.float64))
         self.structure_of(cell[0] // 2)
-        slot = pool.load(cell, arrays)
+        if arrays is None:
+            height = self.origins[cell[0] // 2][2]
+            pool.know(cell, *(float(corner[2] - height) for corner in meta["bounds"]))
+        slot = -1 if arrays is None else pool.load(cell, arrays)
         self.modules[cell] = Module(
             cell, slot, version, "closed", -1, int(meta["steps"]), int(meta["rays"]),
             psnr=meta["psnr"], digest=digest, frames=set(meta["frame_ids"]), tiles=meta["tiles"],
         )  # fmt: skip
         self.exposures.load(meta.get("gains", {}))
+
+    def lose(self, cell: Cell) -> None:
+        """A committed module cannot be read: its place is unknown, and may be learned anew."""
+        if self.pool is not None:
+            self.pool.drop(cell)
+        self.modules.pop(cell, None)
+        self.targets, self.dirty = None, self.dirty or bool(self.frames)
 
     def checkpoint(self) -> tuple[Arrays, dict[str, Any]]:
         """Everything the open work needs to go on: named arrays and a JSON-able description."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -21,10 +21,12 @@ from mclnf_edge.engine.field import (
 )
 from mclnf_edge.engine.volume import FAR, MARGIN, Scene, Tape, make_tape
 from mclnf_edge.errors import Corrupt
+from mclnf_edge.mapping import memory
+from mclnf_edge.mapping.extents import Extents
 from mclnf_edge.types import ModuleSnapshot, ModuleState
 
 F32 = npt.NDArray[np.float32]
-_SIGHT_HEIGHTS = 20.0
+_SLOT = ("features", "weights", "density", "surface", "seen")
 Cell = tuple[int, int, int]
 """(level, ix, iy): inner cells of site s are of level 2 s, its outer ones of level 2 s + 1."""
 
@@ -105,7 +107,9 @@ class ModulePool:
 
     A frozen module has row -1: no kernel writes to its slot. Everything is float32 in the map's
     local frame; `scene()` is the view of it that kernels take. Only this class writes to the slot
-    of a frozen module; it puts the slot into `rewritten`, from which `copies` takes it.
+    of a frozen module; it puts the slot into `rewritten`, from which `copies` takes it. `extents`
+    knows all modules of the map, `slot_of` those in memory; `make_room` is called before one more
+    is.
     """
 
     features, weights, density = Shared(), Shared(), Shared()
@@ -133,11 +137,18 @@ class ModulePool:
         self._free_slots: list[int] = []
         self._free_rows: list[int] = []
         self.slot_of: dict[Cell, int] = {}
-        self.cells = np.zeros((4, 4), np.int32)
+        self.extents = Extents()
+        self.make_room: Callable[[], None] = lambda: None
+        self.cells, self._stale = np.zeros((4, 4), np.int32), False
         self._allocate_slots(4)
         self._allocate_rows(4)
 
     # -- arrays ---------------------------------------------------------------------------------
+
+    def reserve(self, slots: int) -> None:
+        """Have room for this many modules; it takes memory only as they come."""
+        if slots > self.slots:
+            self._allocate_slots(slots)
 
     def _allocate_slots(self, n: int) -> None:
         self.box = _grown(self, "box", (n, 3))
@@ -163,7 +174,7 @@ class ModulePool:
         self.guarded = _grown(self, "guarded", (n,), np.bool_)
         each = range(self._scratch)
         self.transposed = np.zeros((n if each else 0, TRANSPOSED_SIZE), np.float32)
-        self.gradient = [np.zeros((n, self.layout.features), np.float32) for _ in each]
+        self.gradient = [memory.zeros((n, self.layout.features)) for _ in each]
         self.weight_gradient = [np.zeros((n, self.layout.weights), np.float32) for _ in each]
         self.touched = [np.zeros(n * texels, np.uint8) for _ in each]
         self.queue = [np.zeros(n * texels, np.int64) for _ in each]
@@ -194,7 +205,7 @@ class ModulePool:
 
         `low`, `high` bound its height band in local metres. Algorithm 1, lines 18-20.
         """
-        slot = self._take_slot(cell)
+        slot = self.take_slot(cell)
         self.place(cell, slot, low, high)
         self.features[slot] = self._start_features
         self.weights[slot] = self.mlp
@@ -207,24 +218,44 @@ class ModulePool:
 
     def place(self, cell: Cell, slot: int, low: float, high: float) -> None:
         """Set a slot's box and height band, in local metres."""
-        x0, y0, edge = self.bounds(cell)
-        self.box[slot] = (x0 - MARGIN * edge, y0 - MARGIN * edge, edge * (1 + 2 * MARGIN))
+        self.box[slot] = self._box(cell)
         self.band[slot] = (low, 1 / (high - low))
+        self.extents.put(cell, self._box(cell), (low, 1 / (high - low)))
 
-    def _take_slot(self, cell: Cell) -> int:
+    def _box(self, cell: Cell) -> tuple[float, float, float]:
+        x0, y0, edge = self.bounds(cell)
+        return x0 - MARGIN * edge, y0 - MARGIN * edge, edge * (1 + 2 * MARGIN)
+
+    def take_slot(self, cell: Cell) -> int:
+        """A slot for a cell that has none; its arrays hold anything."""
+        self.make_room()
         if not self._free_slots:
             self._allocate_slots(2 * self.slots)
         slot = self._free_slots.pop()
         self.slot_of[cell] = slot
-        self._rebuild_table()
+        self._stale = True
         return slot
 
     def drop(self, cell: Cell) -> None:
-        """Take a frozen module out of memory; its place answers as unknown until it is loaded."""
+        """Forget a frozen module; its place answers as unknown."""
+        if cell in self.slot_of:
+            self.unload(cell)
+        if cell in self.extents:
+            self.extents.remove(cell)
+
+    def unload(self, cell: Cell) -> None:
+        """Take a closed module that is on disk out of memory; where it stands stays known."""
         slot = self.slot_of.pop(cell)
         self.owner[slot] = -1
+        for name in _SLOT:
+            memory.give_back(getattr(self, name), slot)
         self._free_slots.append(slot)
-        self._rebuild_table()
+        self._stale = True
+
+    def know(self, cell: Cell, low: float, high: float) -> None:
+        """A closed module that is on disk only, with its height band in local metres."""
+        self.drop(cell)
+        self.extents.put(cell, self._box(cell), (low, 1 / (high - low)))
 
     def thaw(self, module: Module) -> None:
         """Give a module the arrays it learns with, all zero."""
@@ -247,6 +278,8 @@ class ModulePool:
         """From here on nothing but this pool writes to the module's slot."""
         self.rewritten.add(module.slot)
         self.owner[module.slot] = -1
+        for array in (self.fisher, *self.gradient):
+            memory.give_back(array, module.row)
         self._free_rows.append(module.row)
         module.row = -1
 
@@ -260,10 +293,12 @@ class ModulePool:
             while table[at, 0]:
                 at = (at + 1) & (size - 1)
             table[at] = (level + 1, ix, iy, slot)
-        self.cells = table
+        self.cells, self._stale = table, False
 
     def scene(self, site: int = 0) -> Scene:
         """What kernels read of a site; the arrays are the pool's own, not copies."""
+        if self._stale:
+            self._rebuild_table()
         return Scene(
             cell=self.cell_m,
             cells=self.cells,
@@ -283,21 +318,11 @@ class ModulePool:
 
     def height_band(self, cells: Iterable[Cell]) -> tuple[float, float]:
         """(lowest, highest) z of the modules of some cells, (0, 0) for none."""
-        slots = [self.slot_of[c] for c in cells if c in self.slot_of]
-        if not slots:
-            return 0.0, 0.0
-        low = self.band[slots, 0]
-        return float(low.min()), float((low + 1 / self.band[slots, 1]).max())
+        return self.extents.heights(self.extents.rows(cells))
 
     def in_sight(self, eye: F32, site: int = 0) -> list[Cell]:
-        """Cells a camera at local `eye` (3,) may look at: within 20 times its height."""
-        cells = [c for c in self.slot_of if c[0] // 2 == site]
-        slots = [self.slot_of[c] for c in cells]
-        box, low = self.box[slots], self.band[slots, 0]
-        centre = box[:, :2] + 0.5 * box[:, 2:]
-        away = np.linalg.norm(centre - eye[:2], axis=1) - box[:, 2]
-        height = np.maximum(eye[2] - low, box[:, 2])
-        return [c for c, near in zip(cells, away < _SIGHT_HEIGHTS * height, strict=True) if near]
+        """Cells of a site that a camera at local `eye` (3,) may look at; see `Extents`."""
+        return self.extents.cells(self.extents.in_sight(eye, site))
 
     # -- snapshots ------------------------------------------------------------------------------
 
@@ -320,30 +345,46 @@ class ModulePool:
 
     def load(self, cell: Cell, arrays: dict[str, npt.NDArray[Any]]) -> int:
         """Put committed arrays into a frozen slot; raises Corrupt when their shapes are wrong."""
+        self._check(arrays)
         slot = self.slot_of.get(cell)
         if slot is None:
-            slot = self._take_slot(cell)
+            slot = self.take_slot(cell)
         low, inverse = (float(v) for v in arrays["band"])
         self.place(cell, slot, low, low + 1 / inverse)
         self._write(slot, arrays)
         self.owner[slot] = -1
         return slot
 
+    def _check(self, arrays: dict[str, npt.NDArray[Any]]) -> None:
+        """Raise Corrupt unless every array of a module is there in its shape."""
+        for name in (*_SLOT, "band"):
+            expected = getattr(self, name).shape[1:]
+            received = arrays[name].shape if name in arrays else None
+            if received != expected:
+                raise Corrupt(f"module array {name}: expected {expected}, received {received}")
+
     def _write(self, slot: int, arrays: dict[str, npt.NDArray[Any]]) -> None:
         self.rewritten.add(slot)
-        for name in ("features", "weights", "density", "surface", "seen"):
-            target = getattr(self, name)[slot]
-            if arrays[name].shape != target.shape:
-                raise Corrupt(
-                    f"module array {name}: expected {target.shape}, received {arrays[name].shape}"
-                )
-            target[...] = arrays[name]
+        for name in _SLOT:
+            getattr(self, name)[slot] = arrays[name]
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one module in memory that does not learn."""
+        own = vars(self)  # as it is: no device needs to bring it up to date for this
+        return sum(int(own[name][0].nbytes) for name in _SLOT)
+
+    @property
+    def learning_bytes(self) -> int:
+        """Bytes of what learning modules need besides."""
+        scratch = (*self.gradient, *self.weight_gradient, *self.queue, *self.touched)
+        used = self.rows - len(self._free_rows)
+        own = (vars(self)[name] for name in ("fisher", "moment", "square"))
+        return sum(int(a.nbytes) for a in (*own, *scratch)) * used // self.rows
 
     def memory_bytes(self) -> int:
-        """Bytes of every array that grows with the number of modules."""
-        scratch = (*self.gradient, *self.weight_gradient, *self.queue, *self.touched)
-        arrays = (*vars(self).values(), *scratch)
-        return sum(a.nbytes for a in arrays if isinstance(a, np.ndarray))
+        """Bytes of the arrays of the modules in memory."""
+        return len(self.slot_of) * self.slot_bytes + self.learning_bytes
 
 
 class Workspace:
@@ -400,9 +441,10 @@ def unpack_information(packed: npt.NDArray[np.uint8]) -> F32:
     return np.repeat(mean, CHANNELS).astype(np.float32)
 
 
-def _grown(pool: ModulePool, name: str, shape: tuple[int, ...], dtype: Any = np.float32) -> Any:
-    new = np.zeros(shape, dtype)
-    old = getattr(pool, name, None)
+def _grown(
+    pool: ModulePool, name: str, shape: tuple[int, ...], dtype: Any = np.float32
+) -> npt.NDArray[Any]:
+    grown, old = memory.zeros(shape, dtype), getattr(pool, name, None)
     if old is not None:
-        new[: len(old)] = old
-    return new
+        grown[: len(old)] = old
+    return grown

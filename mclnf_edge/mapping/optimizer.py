@@ -274,7 +274,7 @@ class Optimizer(Engine[volume.Scene]):
 
 def whole_site(pool: ModulePool, site: int, ro: F32) -> tuple[F32, float]:
     """Height band (1, 2) of a site's modules, and how far to follow rays from origins (n, 3)."""
-    low, high = pool.height_band(c for c in pool.slot_of if c[0] // 2 == site)
+    low, high = pool.extents.heights(pool.extents.of_site(site))
     reach = 60.0 * max(float(ro[:, 2].max()) - low, pool.cell_m)
     return np.array([[low, high]], np.float32), reach
 

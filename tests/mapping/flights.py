@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from mclnf_edge.config import AdaptConfig, FieldConfig, MapConfig
+from mclnf_edge.config import AdaptConfig, FieldConfig, MapConfig, ServeConfig
+from mclnf_edge.daemon.worker import Worker
 from mclnf_edge.inference.renderer import Renderer
 from mclnf_edge.mapping.engines import KERNELS, Compute
 from mclnf_edge.mapping.initialization import load_init
 from mclnf_edge.mapping.mapper import Mapper
 from mclnf_edge.maths.metrics import psnr
+from mclnf_edge.store import MapStore
 from mclnf_edge.types import Frame, Render, View
 from tests import blocks
 
@@ -106,3 +108,14 @@ def score_at(m: Mapper, over: Flight, site: int) -> float:
     """The same for the views of one site."""
     pairs = zip(over.views, over.truth, strict=True)
     return float(np.mean([psnr(render(m, view, site).rgb, true) for view, true in pairs]))
+
+
+def mapper_of_nothing() -> Mapper:
+    """A mapper that holds no frames."""
+    return Mapper(MapConfig(cell_size_m=CELL_M), FIELD, ADAPT, INIT, 1)
+
+
+def worker(store: MapStore) -> Worker:
+    """A compute thread over a map, not started; what it sends goes nowhere."""
+    config = ServeConfig(map=MapConfig(cell_size_m=CELL_M), field=FIELD, adapt=ADAPT)
+    return Worker(config, store, load_init(None), lambda peer, message: None, 1)
