@@ -41,6 +41,10 @@ QualityName = Literal["preview", "full"]
 Connect = Annotated[str, typer.Option(metavar="ADDR", help="The daemon's address.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 ServerKey = Annotated[Path | None, typer.Option(metavar="FILE", help="The daemon's .public key.")]
+World = Annotated[
+    str | None,
+    typer.Option(metavar="FRAME", help="Of poses: EPSG:CODE, EPSG:CODE@E,N,H, ENU@LAT,LON,ALT."),
+]
 ClientKey = Annotated[Path | None, typer.Option(metavar="FILE", help="Your own .secret key.")]
 MapDir = Annotated[Path, typer.Argument(metavar="DIR", help="A map's folder.")]
 
@@ -142,6 +146,7 @@ def publish(
     camera: Annotated[Path | None, typer.Option(metavar="JSON", help="A video's camera.")] = None,
     camera_axes: Annotated[str, typer.Option(help="Of the poses: opencv or opengl.")] = "opencv",
     world_axes: Annotated[str | None, typer.Option(help="Of the poses: ENU, NED, DRB.")] = None,
+    world: World = None,
     max_gap: Annotated[float, typer.Option(metavar="S", help="Longest gap of poses.")] = 1.5,
     offset: Annotated[float, typer.Option(metavar="S", help="Video start in pose time.")] = 0.0,
     spool: Annotated[Path | None, typer.Option(metavar="DIR", help="Keeps unsent frames.")] = None,
@@ -151,7 +156,7 @@ def publish(
 ) -> None:
     """Send posed frames, or a picture, video or sound, to a daemon; each piece is answered."""
     with _reporting(as_json):
-        from mclnf_edge.commands import open_source, wait_adapted
+        from mclnf_edge.commands import open_source, parse_world_flag, wait_adapted
         from mclnf_edge.commands import publish as run
 
         opened = open_source(
@@ -160,6 +165,7 @@ def publish(
             poses,
             camera,
             rate,
+            parse_world_flag(world),
             camera_axes=camera_axes,
             world_axes=world_axes,
             max_gap_s=max_gap,
@@ -226,6 +232,7 @@ def render(
     ] = None,
     depth: Annotated[Path | None, typer.Option(metavar="FILE", help=".png or .npy.")] = None,
     camera: Annotated[Path | None, typer.Option(metavar="JSON", help="For bare numbers.")] = None,
+    world: World = None,
     quality: Annotated[QualityName, typer.Option(help="preview is quick.")] = "full",
     stream: Annotated[str, typer.Option(metavar="NAME", help="Of a signal.")] = "",
     rate: Annotated[
@@ -243,7 +250,8 @@ def render(
 
         pixels = commands.parse_size(size)
         seconds = commands.parse_span(span)
-        views = None if pose is None else commands.views_of(pose, camera, pixels)
+        frame = commands.parse_world_flag(world)
+        views = None if pose is None else commands.views_of(pose, camera, pixels, frame)
         with _client(connect, server_key, client_key) as client:
             if views is None:
                 report = commands.render_signal(client, time_s, seconds, stream, pixels, out, rate)
@@ -315,6 +323,7 @@ def evaluate(
     device: Annotated[Device, typer.Option(help="Where to compute (with --map).")] = "auto",
     stream: Annotated[str | None, typer.Option(metavar="NAME", help="Of a signal.")] = None,
     rate: Annotated[float | None, typer.Option(metavar="HZ", help="Of a folder of frames.")] = None,
+    world: World = None,
     server_key: ServerKey = None,
     client_key: ClientKey = None,
     as_json: Json = False,
@@ -322,7 +331,7 @@ def evaluate(
     """Compare renders with a capture's held-out frames, or with the signal that was published."""
     with _reporting(as_json):
         from mclnf_edge.captures import open_capture, open_signal
-        from mclnf_edge.commands import as_map_holds
+        from mclnf_edge.commands import as_map_holds, parse_world_flag
         from mclnf_edge.evaluate import evaluate as run
         from mclnf_edge.evaluate import local_renderer
         from mclnf_edge.evaluate_signals import evaluate_signal
@@ -337,7 +346,8 @@ def evaluate(
                 report["modules"] = client.status()["modules"]
             _say_evaluated(report, as_json)
             return
-        frames = open_capture(capture)
+        frame, frames = parse_world_flag(world), open_capture(capture)
+        frames = frames if frame is None else frames.in_world(frame)
         if map_dir is not None:
             from mclnf_edge.store import map_info
 

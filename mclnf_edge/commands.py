@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,11 +24,12 @@ from mclnf_edge.captures import (
     parse_views,
 )
 from mclnf_edge.client import Client
-from mclnf_edge.errors import CaptureError, ConfigError
+from mclnf_edge.errors import CaptureError, ConfigError, FrameRejected
 from mclnf_edge.report import PICTURES, write_bytes, write_depth, write_picture, write_video
-from mclnf_edge.types import Camera, Render, View
+from mclnf_edge.types import Camera, Render, View, WorldFrame
 from mclnf_edge.wire.messages import Ack, Progress, Quality, RenderReply, ReplyEncoding
 from mclnf_edge.wire.planes import render_of
+from mclnf_edge.world_frames import parse_world
 
 DEFAULT_SIZE: Final = (480, 360)
 DEFAULT_VIEW_DEG: Final = 60.0
@@ -43,30 +45,35 @@ def open_source(
     poses: Path | None,
     camera: Path | None,
     rate_hz: float | None,
+    world: WorldFrame | None = None,
     **axes_and_times: Any,
 ) -> Capture | VideoSource | SignalFile:
     """A capture's split, a video, camera or address with its pose and camera files, or a signal.
 
     A picture, clip or sound file, or a folder of frames, is a signal without pose.
-    `axes_and_times` are `open_video`'s. Raises CaptureError, or ConfigError when only one of
-    `poses` and `camera` is given.
+    `world` is the frame of poses that do not name one, `axes_and_times` are `open_video`'s. Raises
+    CaptureError, or ConfigError when only one of `poses` and `camera` is given or what has no pose
+    gets a world.
     """
     if rate_hz is not None and not rate_hz > 0:
         raise ConfigError(f"--rate: expected frames per second above 0, received {rate_hz}")
     if poses is not None and camera is not None:
         lens = load_camera(camera)
-        return open_video(source, poses, lens, rate_hz=rate_hz, **axes_and_times)
+        return open_video(source, poses, lens, rate_hz=rate_hz, world=world, **axes_and_times)
     if poses is not None or camera is not None:
         raise ConfigError("a video needs both --poses and --camera, received one")
     signal = open_signal(source, rate_hz)
     if signal is not None:
+        if world is not None:
+            raise ConfigError(f"--world: {source} has no poses")
         return signal
     if not Path(source).is_dir() and Path(source).suffix.lower() != ".json":
         raise CaptureError(
             f"{source}: no such capture folder (a video, camera index or address needs --poses "
             "and --camera)"
         )
-    capture = open_capture(source).split(split)
+    capture = open_capture(source)
+    capture = (capture if world is None else capture.in_world(world)).split(split)
     if not len(capture):
         raise CaptureError(f"{source}: no frame of split {split!r}")
     return capture
@@ -147,8 +154,29 @@ def parse_span(text: str | None) -> tuple[float, float] | None:
     return start, end
 
 
-def views_of(pose: str, camera: Path | None, size: Size | None) -> list[View]:
-    """The views asked for; bare numbers without a camera look DEFAULT_VIEW_DEG across."""
+def parse_world_flag(text: str | None) -> WorldFrame | None:
+    """See `parse_world`; raises ConfigError."""
+    try:
+        return None if text is None else parse_world(text)
+    except FrameRejected as error:
+        raise ConfigError(f"--world: {error}") from None
+
+
+def views_of(
+    pose: str, camera: Path | None, size: Size | None, world: WorldFrame | None = None
+) -> list[View]:
+    """The views asked for; those that name no frame of their own are in `world`."""
+    views = _views_of(pose, camera, size)
+    nameless = (None, WorldFrame())
+    return (
+        views
+        if world is None
+        else [replace(view, world=world) if view.world in nameless else view for view in views]
+    )
+
+
+def _views_of(pose: str, camera: Path | None, size: Size | None) -> list[View]:
+    """Bare numbers without a camera look DEFAULT_VIEW_DEG across."""
     if camera is not None:
         return parse_views(pose, load_camera(camera))
     if "#" in pose or Path(pose).exists():

@@ -92,8 +92,8 @@ def local_renderer(map_dir: Path, device: str = "auto") -> Callable[[View], Rend
     renderer = Renderer(mapper.optimizer.paint)
 
     def render(view: View) -> Render:
-        site, transform = sites.find(view.world)
-        placed = replace(view, T_world_camera=transform @ view.T_world_camera)
+        site, pose = sites.find(view.world)(view.T_world_camera)
+        placed = replace(view, T_world_camera=pose)
         gain = mapper.exposures.at(view.stream, view.timestamp)
         return renderer.render(mapper.pool, mapper.origins.get(site), placed, gain, site=site)
 

@@ -1,4 +1,4 @@
-"""Rigid poses, axis conventions, world frames and pinhole rays. numpy only, float64 throughout.
+"""Rigid poses, axis conventions and pinhole rays. numpy only, float64 throughout.
 
 Transforms are named `T_target_source`; rotations `R_target_source`. Quaternions are (x, y, z, w).
 
@@ -15,14 +15,13 @@ compass direction, "right" becomes x and "forward" becomes y.
 from __future__ import annotations
 
 import math
-import re
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from mclnf_edge.errors import FrameRejected
-from mclnf_edge.types import Camera, Matrix4, WorldFrame
+from mclnf_edge.types import Camera, Matrix4
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -50,11 +49,6 @@ DISTORTION_LENGTHS: Final[dict[str, tuple[int, ...]]] = {
     "OPENCV": (4, 5, 8),
     "OPENCV_FISHEYE": (4,),
 }
-
-_WGS84_A: Final = 6_378_137.0
-_WGS84_F: Final = 1.0 / 298.257_223_563
-_WGS84_E2: Final = _WGS84_F * (2.0 - _WGS84_F)
-_ANGULAR_OR_GEOCENTRIC: Final = frozenset({4258, 4267, 4269, 4326, 4978, 4979})
 
 
 def check_pose(pose: Any, where: str = "pose") -> Matrix4:
@@ -195,80 +189,6 @@ def interpolate_pose(pose0: Matrix4, pose1: Matrix4, u: float) -> Matrix4:
     """The pose a share `u` in [0, 1] of the way: position linearly, rotation by slerp."""
     q = slerp(matrix_to_quaternion(pose0[:3, :3]), matrix_to_quaternion(pose1[:3, :3]), u)
     return pose_from(quaternion_to_matrix(q), (1.0 - u) * pose0[:3, 3] + u * pose1[:3, 3])
-
-
-def ecef_from_geodetic(latitude_deg: float, longitude_deg: float, altitude_m: float) -> FloatArray:
-    """WGS84 ECEF position (3,) in metres of a point above the ellipsoid.
-
-    With the prime vertical radius N = a / sqrt(1 − e² sin²φ):
-    x = (N + h) cos φ cos λ, y = (N + h) cos φ sin λ, z = (N (1 − e²) + h) sin φ.
-    """
-    phi, lam = math.radians(latitude_deg), math.radians(longitude_deg)
-    n = _WGS84_A / math.sqrt(1.0 - _WGS84_E2 * math.sin(phi) ** 2)
-    across = (n + altitude_m) * math.cos(phi)
-    up = (n * (1.0 - _WGS84_E2) + altitude_m) * math.sin(phi)
-    return np.array([across * math.cos(lam), across * math.sin(lam), up])
-
-
-def ecef_from_enu(latitude_deg: float, longitude_deg: float, altitude_m: float) -> Matrix4:
-    """`T_ecef_enu` of the ENU frame at a geodetic origin; its columns are east, north and up."""
-    phi, lam = math.radians(latitude_deg), math.radians(longitude_deg)
-    sin_phi, cos_phi, sin_lam, cos_lam = math.sin(phi), math.cos(phi), math.sin(lam), math.cos(lam)
-    rotation = [
-        [-sin_lam, -sin_phi * cos_lam, cos_phi * cos_lam],
-        [cos_lam, -sin_phi * sin_lam, cos_phi * sin_lam],
-        [0.0, cos_phi, sin_phi],
-    ]
-    return pose_from(rotation, ecef_from_geodetic(latitude_deg, longitude_deg, altitude_m))
-
-
-def check_world(world: WorldFrame) -> WorldFrame:
-    """Return `world` when its name and origin can be used; FrameRejected otherwise."""
-    epsg = re.fullmatch(r"EPSG:(\d{4,6})", world.crs)
-    if world.crs != "local-enu" and epsg is None:
-        raise FrameRejected(
-            f"world frame: expected 'local-enu' or 'EPSG:<code>', received {world.crs!r}"
-        )
-    if epsg is not None and int(epsg[1]) in _ANGULAR_OR_GEOCENTRIC:
-        raise FrameRejected(
-            f"world frame: {world.crs} is not a projected frame in metres with z up; give "
-            "'local-enu' with a latitude, longitude, altitude origin, or a projected code"
-        )
-    if world.origin is not None:
-        _check_origin(world.origin, geodetic=epsg is None)
-    return world
-
-
-def _check_origin(origin: tuple[float, float, float], *, geodetic: bool) -> None:
-    limits = (90.0, 180.0, 1e6) if geodetic else (MAX_COORDINATE_M,) * 3
-    names = "latitude, longitude, altitude" if geodetic else "easting, northing, height"
-    if len(origin) != 3 or not all(
-        abs(value) <= limit for value, limit in zip(origin, limits, strict=True)
-    ):
-        raise FrameRejected(f"world frame: expected origin ({names}), received {origin}")
-
-
-def target_from_source(source: WorldFrame, target: WorldFrame) -> Matrix4:
-    """`T_target_source`: multiply a pose given in `source` by it from the left.
-
-    Coordinates are relative to the origin of their frame; an EPSG frame without one has it
-    at (0, 0, 0), so its coordinates are full eastings and northings. Local ENU frames go through
-    ECEF, which tilts "up" by the earth's curvature. Two anonymous local frames are taken to be the
-    same one. Raises FrameRejected when the frames are unknown or cannot be converted.
-    """
-    if check_world(source) == check_world(target):
-        return np.eye(4)
-    if source.crs != target.crs:
-        raise FrameRejected(f"world frame: cannot convert {source.crs} to {target.crs}")
-    if source.crs == "local-enu":
-        if source.origin is None or target.origin is None:
-            raise FrameRejected(
-                "world frame: cannot convert between a local ENU frame with an origin and one "
-                f"without: received {source.origin}, the map has {target.origin}"
-            )
-        return invert_pose(ecef_from_enu(*target.origin)) @ ecef_from_enu(*source.origin)
-    shift = np.subtract(source.origin or (0.0, 0.0, 0.0), target.origin or (0.0, 0.0, 0.0))
-    return pose_from(np.eye(3), shift)
 
 
 def check_camera(camera: Camera, where: str = "camera") -> Camera:

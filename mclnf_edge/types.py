@@ -63,10 +63,11 @@ class Camera:
 class WorldFrame:
     """The frame a stream's poses are given in.
 
-    `crs` is "local-enu" or "EPSG:<code>" (a projected code in metres). `origin` is subtracted from
-    every position before anything is stored in 32 bits: for "local-enu" it is
-    (latitude_deg, longitude_deg, altitude_m) or None for an anonymous frame; for EPSG it is
-    (easting_m, northing_m, height_m) of the map's own origin.
+    `crs` is "local-enu" or "EPSG:<code>". Positions are relative to `origin`: for "local-enu" it is
+    (latitude_deg, longitude_deg, altitude_m) or None for an anonymous frame; for a projected code
+    (easting_m, northing_m, height_m). A geographic code's positions are latitude, longitude
+    (degrees) and height (m) themselves; its origin, the same three, is where a map begins that has
+    nothing yet. The table is in `mclnf_edge/world_frames.py`.
     """
 
     crs: str = "local-enu"

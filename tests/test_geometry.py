@@ -17,10 +17,7 @@ from mclnf_edge.geometry import (
     RIGID_TOLERANCE,
     check_camera,
     check_pose,
-    check_world,
     convert_axes,
-    ecef_from_enu,
-    ecef_from_geodetic,
     interpolate_pose,
     invert_pose,
     matrix_to_quaternion,
@@ -30,9 +27,8 @@ from mclnf_edge.geometry import (
     project,
     quaternion_to_matrix,
     slerp,
-    target_from_source,
 )
-from mclnf_edge.types import Camera, WorldFrame
+from mclnf_edge.types import Camera
 
 CAMERA = Camera(480, 359, 386.9, 387.2, 240.0, 179.5)
 COORDINATE = st.floats(-1e7, 1e7)
@@ -207,95 +203,6 @@ def test_interpolated_pose_half_way() -> None:
 def test_interpolation_meets_its_ends(a: np.ndarray, b: np.ndarray) -> None:
     assert np.allclose(interpolate_pose(a, b, 0.0), a, atol=1e-9)
     assert np.allclose(interpolate_pose(a, b, 1.0), b, atol=1e-9)
-
-
-# --- world frames ------------------------------------------------------------------------------
-
-
-def test_ecef_of_known_places() -> None:
-    """Equator and pole: the two half axes a and b = a(1 − f) of WGS84."""
-    assert np.allclose(ecef_from_geodetic(0, 0, 10), [6_378_147.0, 0, 0])
-    assert np.allclose(ecef_from_geodetic(0, 90, 0), [0, 6_378_137.0, 0], atol=1e-6)
-    assert np.allclose(ecef_from_geodetic(90, 0, 0), [0, 0, 6_356_752.314245], atol=1e-5)
-
-
-def test_enu_axes_at_the_equator() -> None:
-    """At latitude 0, longitude 0: east is +y, north +z, up +x of ECEF."""
-    rotation = ecef_from_enu(0, 0, 0)[:3, :3]
-    assert np.allclose(rotation, [[0, 0, 1], [1, 0, 0], [0, 1, 0]])
-
-
-def test_origin_moved_north_by_a_known_arc() -> None:
-    """At the equator one arc second of latitude is M·π/648000 with M = a(1 − e²): 30.715 m."""
-    source, target = WorldFrame(origin=(1 / 3600, 20.0, 50.0)), WorldFrame(origin=(0.0, 20.0, 50.0))
-    shift = target_from_source(source, target)[:3, 3]
-    meridian_radius = 6_378_137.0 * (1 - 0.00669437999014)
-    assert shift[1] == pytest.approx((meridian_radius + 50) * np.pi / 648_000, abs=1e-4)
-    assert shift[0] == pytest.approx(0.0, abs=1e-8)
-    assert shift[2] == pytest.approx(-(shift[1] ** 2) / (2 * 6.37e6), abs=1e-4)
-
-
-def test_origin_moved_up_only() -> None:
-    low, high = WorldFrame(origin=(52.2, 20.97, 100.0)), WorldFrame(origin=(52.2, 20.97, 130.0))
-    assert np.allclose(target_from_source(high, low), pose_from(np.eye(3), [0, 0, 30]), atol=1e-8)
-
-
-ORIGINS = st.tuples(st.floats(-89, 89), st.floats(-180, 180), st.floats(-400, 9000))
-
-
-@given(ORIGINS, ORIGINS, ORIGINS)
-def test_local_frames_convert_consistently(a: tuple, b: tuple, c: tuple) -> None:
-    """Over a third frame and back again nothing moves, within a micrometre."""
-    fa, fb, fc = WorldFrame(origin=a), WorldFrame(origin=b), WorldFrame(origin=c)
-    over = target_from_source(fb, fc) @ target_from_source(fa, fb)
-    assert np.allclose(over, target_from_source(fa, fc), atol=1e-6)
-    there_and_back = target_from_source(fb, fa) @ target_from_source(fa, fb)
-    assert np.allclose(there_and_back, np.eye(4), atol=1e-6)
-
-
-def test_epsg_origins_differ_by_subtraction() -> None:
-    source = WorldFrame("EPSG:2180", (500_000.0, 490_000.0, 100.0))
-    target = WorldFrame("EPSG:2180", (499_900.0, 490_050.0, 90.0))
-    shift = target_from_source(source, target)
-    assert np.array_equal(shift, pose_from(np.eye(3), [100.0, -50.0, 10.0]))
-    full = target_from_source(WorldFrame("EPSG:2180"), target)
-    assert full[:3, 3].tolist() == [-499_900.0, -490_050.0, -90.0]
-
-
-def test_anonymous_frames_are_one() -> None:
-    assert np.array_equal(target_from_source(WorldFrame(), WorldFrame()), np.eye(4))
-
-
-@pytest.mark.parametrize(
-    ("source", "target"),
-    [
-        (WorldFrame(), WorldFrame(origin=(52.0, 21.0, 0.0))),
-        (WorldFrame(origin=(52.0, 21.0, 0.0)), WorldFrame()),
-        (WorldFrame("EPSG:2180"), WorldFrame(origin=(52.0, 21.0, 0.0))),
-        (WorldFrame("EPSG:2180"), WorldFrame("EPSG:32633")),
-    ],
-)
-def test_unconvertible_frames_are_refused(source: WorldFrame, target: WorldFrame) -> None:
-    with pytest.raises(FrameRejected, match="cannot convert"):
-        target_from_source(source, target)
-
-
-@pytest.mark.parametrize(
-    "world",
-    [
-        WorldFrame("utm"),
-        WorldFrame("EPSG:"),
-        WorldFrame("EPSG:2180; x"),
-        WorldFrame("EPSG:4326"),
-        WorldFrame(origin=(91.0, 0.0, 0.0)),
-        WorldFrame(origin=(0.0, float("nan"), 0.0)),
-        WorldFrame("EPSG:2180", (float("inf"), 0.0, 0.0)),
-        WorldFrame("EPSG:2180", (1.0, 2.0)),  # type: ignore[arg-type]
-    ],
-)
-def test_unknown_frames_are_refused(world: WorldFrame) -> None:
-    with pytest.raises(FrameRejected, match="world frame"):
-        check_world(world)
 
 
 # --- cameras and rays --------------------------------------------------------------------------

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "mclnf_edge"
 LAYERS = (
     ("errors", "types"),
     ("config", "geometry", "maths"),
-    ("images", "engine", "sounds"),
+    ("images", "engine", "sounds", "world_frames"),
     ("captures", "wire", "mapping", "store", "spool"),
     ("inference",),
     ("outbox",),
@@ -28,7 +28,7 @@ LAYERS = (
 )
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 TRAINER_MAY_IMPORT = {part for parts in LAYERS[:5] for part in parts}
-HEAVY = ("torch", "numba", "onnx", "onnxruntime", "scipy", "matplotlib")
+HEAVY = ("torch", "numba", "onnx", "onnxruntime", "scipy", "matplotlib", "pyproj")
 CLIENT_SIDE = ("client", "captures", "wire", "outbox", "spool", "report", "commands", "cli")
 
 

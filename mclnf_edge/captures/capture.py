@@ -13,6 +13,7 @@ from mclnf_edge.errors import CaptureError, FrameRejected
 from mclnf_edge.geometry import check_camera, check_pose
 from mclnf_edge.images import check_image, image_info
 from mclnf_edge.types import Camera, Frame, Matrix4, Split, WorldFrame
+from mclnf_edge.world_frames import beginning_at
 
 SplitFilter = Literal["train", "val", "test", "all"]
 SPLITS: Final = ("train", "val", "test", "all")
@@ -88,6 +89,19 @@ class Capture:
     def __iter__(self) -> Iterator[Frame]:
         """The frames in order, each read when its turn comes."""
         return iter(self.frames)
+
+    def in_world(self, world: WorldFrame) -> Capture:
+        """The same poses said to be in `world`; CaptureError when they already have a frame.
+
+        Geographic poses without an origin for their map get the first one's position.
+        """
+        if self.world != WorldFrame():
+            raise CaptureError(f"world: {self.name} says itself that it is in {self.world.crs}")
+        try:
+            begun = beginning_at(world, self.frames.records[0].T_world_camera)
+        except FrameRejected as error:
+            raise CaptureError(f"{self.name}: {error}") from None
+        return replace(self, world=begun)
 
     def split(self, which: SplitFilter) -> Capture:
         """The frames of one split, or all; CaptureError for another word."""
@@ -167,7 +181,8 @@ def make_capture(
         ordered = [replace(r, split=default_split(i)) for i, r in enumerate(ordered)]
         notes.append(f"no split of its own: every {TEST_EVERY}th frame is test")
     checked = [_checked(name, replace(r, seq=i)) for i, r in enumerate(ordered)]
-    return Capture(name, capture_format, world, Frames(checked), tuple(notes))
+    read = Capture(name, capture_format, WorldFrame(), Frames(checked), tuple(notes))
+    return read if world == WorldFrame() else read.in_world(world)
 
 
 def default_split(index: int) -> Split:

@@ -19,8 +19,8 @@ from mclnf_edge.captures.capture import Capture, Record, make_capture, picture_s
 from mclnf_edge.captures.depth import depth_png, mask_png
 from mclnf_edge.captures.intrinsics import INTRINSIC_KEYS, camera_from_keys, load_json, number
 from mclnf_edge.errors import CaptureError, FrameRejected
-from mclnf_edge.geometry import check_world
 from mclnf_edge.types import Matrix4, Split, WorldFrame
+from mclnf_edge.world_frames import check_world
 
 _SPLIT_NAMES: Final[tuple[Split, ...]] = ("train", "val", "test")
 _POSE_NOTES: Final = ("applied_transform", "applied_scale", "scale", "offset")
@@ -99,7 +99,7 @@ def read_matrix(frame: Mapping[str, Any], key: str, where: str) -> Matrix4:
 
 
 def read_world(content: Mapping[str, Any], where: str) -> WorldFrame:
-    """The world frame named by `crs`; CaptureError when it is unknown or not in metres."""
+    """The world frame named by `crs`, anonymous without it; CaptureError when it is none."""
     crs = content.get("crs")
     if crs is None:
         return WorldFrame()

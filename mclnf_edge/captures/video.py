@@ -15,9 +15,10 @@ from typing import Any, Final, NamedTuple
 import cv2
 
 from mclnf_edge.captures.poses import MAX_GAP_S, PoseFile
-from mclnf_edge.errors import CaptureError
+from mclnf_edge.errors import CaptureError, FrameRejected
 from mclnf_edge.images import encode_image
 from mclnf_edge.types import Camera, Frame, WorldFrame
+from mclnf_edge.world_frames import beginning_at
 
 _LOG = logging.getLogger(__name__)
 _MAX_WAITING: Final = 64
@@ -210,11 +211,16 @@ def open_video(
         raise CaptureError(f"{source}: no such video file")
     if rate_hz is not None and not rate_hz > 0.0:
         raise CaptureError(f"rate: expected pictures per second above 0, received {rate_hz}")
+    posed = PoseFile(pose_file, camera_axes, world_axes, growing=live)
+    try:
+        posed_in = beginning_at(world, posed.poses[0]) if world and posed.poses else world
+    except FrameRejected as error:
+        raise CaptureError(f"{pose_file}: {error}") from None
     return VideoSource(
         source=int(text) if text.isdecimal() else text,
         camera=camera,
-        poses=PoseFile(pose_file, camera_axes, world_axes, growing=live),
-        world=world or WorldFrame(),
+        poses=posed,
+        world=posed_in or WorldFrame(),
         name="live" if live else Path(text).stem,
         max_gap_s=max_gap_s,
         rate_hz=rate_hz,

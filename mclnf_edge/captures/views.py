@@ -13,7 +13,7 @@ import numpy as np
 from mclnf_edge.captures.capture import SPLITS, Capture, SplitFilter
 from mclnf_edge.captures.detect import open_capture
 from mclnf_edge.captures.intrinsics import INTRINSIC_KEYS, camera_from_keys, load_json, number
-from mclnf_edge.captures.transforms import frames_of, read_matrix
+from mclnf_edge.captures.transforms import frames_of, read_matrix, read_world
 from mclnf_edge.errors import CaptureError, FrameRejected
 from mclnf_edge.geometry import check_pose
 from mclnf_edge.types import Camera, Frame, Matrix4, View
@@ -28,7 +28,8 @@ def parse_views(text: str, camera: Camera | None = None) -> list[View]:
     """The views that `text` asks for, camera-to-world with opengl axes, in order.
 
     A JSON file holds one `transform_matrix` or many under `frames`, with intrinsics as in
-    transforms.json at the top or per frame, and optionally `timestamp`, `stream` and `exposure`.
+    transforms.json at the top or per frame, and optionally `timestamp`, `stream`, `exposure` and
+    `crs`.
     CAPTURE#FRAME takes pose, camera, time and stream from a frame (name or number) of a capture, or
     from all frames of a split with CAPTURE#test, #train, #val, #all. `camera` is used where no
     intrinsics are given. Raises CaptureError.
@@ -94,7 +95,8 @@ def _view(
         view = replace(view, timestamp=number(keys, "timestamp", where))
     if "exposure" in keys:
         view = replace(view, exposure=number(keys, "exposure", where))
-    return replace(view, stream=str(keys.get("stream", "")))
+    world = read_world(keys, where) if "crs" in keys else None
+    return replace(view, stream=str(keys.get("stream", "")), world=world)
 
 
 def _matrix_from_numbers(numbers: list[float]) -> Matrix4:

@@ -37,7 +37,7 @@ from mclnf_edge.errors import (
     ProtocolError,
     StoreError,
 )
-from mclnf_edge.geometry import check_camera, check_pose, check_world
+from mclnf_edge.geometry import check_camera, check_pose
 from mclnf_edge.images import check_image, decode_image
 from mclnf_edge.mapping.engines import choose, open_start
 from mclnf_edge.mapping.initialization import (
@@ -45,7 +45,7 @@ from mclnf_edge.mapping.initialization import (
     SignalInitialization,
 )
 from mclnf_edge.mapping.pieces import decode_piece
-from mclnf_edge.mapping.sites import Sites
+from mclnf_edge.mapping.sites import Place, Sites
 from mclnf_edge.store import DURABILITY, FrameRow, MapStore
 from mclnf_edge.types import Matrix4, Modality
 from mclnf_edge.wire.codec import decode, encode, error_reply
@@ -70,6 +70,7 @@ from mclnf_edge.wire.messages import (
     answer,
     opengl_frame,
 )
+from mclnf_edge.world_frames import check_world
 
 log = logging.getLogger(__name__)
 
@@ -94,11 +95,10 @@ class WrongModality(ProtocolError):
 
 @dataclass
 class _Stream:
-    """A stream that greeted on some connection: its axes, its site and the transform into it."""
+    """A stream that greeted on some connection: its axes, and what takes its poses to a site."""
 
     axes: str
-    site: int
-    T_site_stream: Matrix4
+    place: Place
     last_pose: Matrix4 | None = None
     heard: float = field(default_factory=time.monotonic)
 
@@ -296,14 +296,15 @@ class Service:
             raise WrongModality(f"put-frame: this map holds {self.modality}, use put-signal")
         frame = opengl_frame(put.frame, stream.axes)  # type: ignore[arg-type]
         check_camera(frame.camera, "frame.camera")
-        pose = stream.T_site_stream @ check_pose(frame.T_world_camera, "frame.T_world_camera")
+        pose = check_pose(frame.T_world_camera, "frame.T_world_camera")
         check_image(frame.image, frame.encoding, frame.camera)
         decode_image(frame.image, frame.encoding, frame.camera)
         payload = None
+        site, pose = stream.place(pose)
         if not self._hovers(stream, pose):
             stream.last_pose = pose
             kept = replace(put, frame=replace(frame, T_world_camera=pose))
-            payload = pack_frame(stream.site, encode(kept))
+            payload = pack_frame(site, encode(kept))
         return FrameRow(put.session, put.stream, frame.seq, frame.timestamp, payload)
 
     def _signal_row(self, put: PutSignal) -> FrameRow:
@@ -379,8 +380,8 @@ class Service:
             raise ProtocolError(f"render: {_MAX_RENDERS} requests wait already; ask again later")
         site, now = 0, time.monotonic()
         if message.view is not None:
-            site, transform = self._known_sites().find(message.view.world)
-            pose = transform @ check_pose(message.view.T_world_camera, "view")
+            place = self._known_sites().find(message.view.world)
+            site, pose = place(check_pose(message.view.T_world_camera, "view"))
             message = replace(message, view=replace(message.view, T_world_camera=pose))
         self.worker.submit(RenderJob(peer, message, now, site))
 
@@ -404,11 +405,11 @@ class Service:
             raise WrongModality(
                 f"hello: this map holds {self.modality}, received modality {hello.modality}"
             )
-        world, site, transform = check_world(hello.world), 0, np.eye(4)
+        world, place = check_world(hello.world), Sites({}).find(None)
         if self.modality == "posed":
             sites = Sites(self.store.meta())
             self.store.fix_meta(sites.add(world))
-            site, transform = sites.find(world)
+            place = sites.find(world)
         self.store.put_stream(
             hello.session, hello.stream, {**asdict(hello), "world": asdict(world)}
         )
@@ -416,7 +417,7 @@ class Service:
             del self._streams[key]  # the same stream on a new connection
         if len(self._streams) >= _MAX_STREAMS:  # it greets again when it is heard again
             del self._streams[min(self._streams, key=lambda key: self._streams[key].heard)]
-        self._streams[(peer, hello.session, hello.stream)] = _Stream(hello.axes, site, transform)
+        self._streams[(peer, hello.session, hello.stream)] = _Stream(hello.axes, place)
         last = [
             s
             for s in self.store.streams()

@@ -7,17 +7,59 @@ each, with an origin of its own; what is near is converted into the site's world
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from mclnf_edge.errors import FrameRejected
-from mclnf_edge.geometry import target_from_source
 from mclnf_edge.types import Matrix4, WorldFrame
+from mclnf_edge.world_frames import Convert, anchor, conversion, founding
 
 REACH_M = 100_000.0
-"""Frames whose origins are nearer than this share a site: float32 is good to 8 mm there."""
+"""What is nearer to a site's origin than this belongs to it: float32 is good to 8 mm there."""
+
+
+@dataclass(frozen=True)
+class _Way:
+    """Into a site, which poses within `reach_m` of its origin belong to."""
+
+    site: int
+    convert: Convert
+    reach_m: float = np.inf
+
+    def take(self, pose: Matrix4) -> Matrix4:
+        """`T_site_camera` of a pose; FrameRejected when it is too far away."""
+        placed = self.convert(pose)
+        distance_m = float(np.linalg.norm(placed[:3, 3]))
+        if distance_m > self.reach_m:
+            raise FrameRejected(
+                f"world frame: nothing is mapped within {self.reach_m / 1e3:.0f} km of the pose at "
+                f"{pose[:3, 3].tolist()}: it lies {distance_m / 1e3:.0f} km from the map's origin"
+            )
+        return placed
+
+    def reaches(self, pose: Matrix4) -> bool:
+        """Whether a pose lies near the site; where the site's frame is not defined is far."""
+        with suppress(FrameRejected):
+            self.take(pose)
+            return True
+        return False
+
+
+@dataclass(frozen=True)
+class Place:
+    """Takes poses of one world frame to their site: the only one, or the first that is near."""
+
+    ways: tuple[_Way, ...]
+
+    def __call__(self, pose: Matrix4) -> tuple[int, Matrix4]:
+        """(site, `T_site_camera`) of a camera-to-world pose; FrameRejected when it has none."""
+        for way in self.ways[:-1]:
+            if way.reaches(pose):
+                return way.site, way.take(pose)
+        return self.ways[-1].site, self.ways[-1].take(pose)
 
 
 class Sites:
@@ -29,33 +71,45 @@ class Sites:
             origin = kept["origin"]
             self.worlds.append(WorldFrame(kept["crs"], None if origin is None else tuple(origin)))
 
-    def find(self, world: WorldFrame | None) -> tuple[int, Matrix4]:
-        """(site, `T_site_world`) of a world frame; None is the first site's.
+    def find(self, world: WorldFrame | None) -> Place:
+        """Where poses of a world frame belong; None is the first site's.
 
         Raises FrameRejected when no site is near, or the frames cannot be converted.
         """
         if world is None:
-            return 0, np.eye(4)
-        for i, site in enumerate(self.worlds):
-            transform = target_from_source(world, site)
-            if float(np.linalg.norm(transform[:3, 3])) <= REACH_M:
-                return i, transform
-        raise FrameRejected(
-            f"world frame: nothing is mapped within {REACH_M / 1e3:.0f} km of {world.crs} "
-            f"{world.origin}"
-        )
+            return Place((_Way(0, _as_it_is),))
+        ways = self._ways(world)
+        if not ways:
+            raise FrameRejected(
+                f"world frame: nothing is mapped within {REACH_M / 1e3:.0f} km of {world.crs} "
+                f"{world.origin}"
+            )
+        return Place(ways)
 
     def add(self, world: WorldFrame) -> dict[str, Any]:
         """What to add to the map's meta so that `world` has a site; empty when it has one.
 
         Raises FrameRejected when the frame cannot be converted into the map's.
         """
-        for site in self.worlds:
-            transform = target_from_source(world, site)
-            if float(np.linalg.norm(transform[:3, 3])) <= REACH_M:
-                return {}
-        self.worlds.append(world)
-        return {_key(len(self.worlds) - 1): asdict(world)}
+        if self._ways(world):
+            return {}
+        self.worlds.append(founding(world))
+        return {_key(len(self.worlds) - 1): asdict(self.worlds[-1])}
+
+    def _ways(self, world: WorldFrame) -> tuple[_Way, ...]:
+        """Into the site near the place that `world` names; into all when it names none."""
+        ways = [
+            _Way(i, conversion(world, site), np.inf if anchor(site) is None else REACH_M)
+            for i, site in enumerate(self.worlds)
+        ]
+        place = anchor(world)
+        if place is None:
+            return tuple(ways)
+        return tuple(replace(way, reach_m=np.inf) for way in ways if way.reaches(place))[:1]
+
+
+def _as_it_is(pose: Matrix4) -> Matrix4:
+    return pose
 
 
 def _key(site: int) -> str:

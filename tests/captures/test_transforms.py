@@ -139,7 +139,6 @@ def test_world_frames(content: dict, opened, crs: dict, world: WorldFrame) -> No
     "crs",
     [
         "WGS84",
-        "EPSG:4326",
         5,
         {"type": "ENU", "origin_lat": 52.0},
         {**ENU, "units": "ft"},
@@ -151,6 +150,25 @@ def test_world_frames(content: dict, opened, crs: dict, world: WorldFrame) -> No
 def test_unusable_world_frames_are_refused(content: dict, opened, crs: Any) -> None:
     with pytest.raises(CaptureError, match="transforms.json"):
         opened({**content, "crs": crs})
+
+
+def test_geographic_poses_begin_at_the_first_one(content: dict, opened) -> None:
+    for i, frame in enumerate(content["frames"]):
+        place = [52.2 + 1e-4 * i, 15.9, 130.0]
+        frame["transform_matrix"] = pose_from(np.eye(3), place).tolist()
+    capture = opened({**content, "crs": "EPSG:4979"})
+    first = capture.frames[0].T_world_camera[:3, 3]
+    assert capture.world == WorldFrame("EPSG:4979", tuple(first.tolist()))
+    content["frames"][0]["transform_matrix"][0][3] = 5.8e6
+    with pytest.raises(CaptureError, match="expected origin .latitude"):
+        opened({**content, "crs": "EPSG:4979"})
+
+
+def test_a_capture_is_told_its_world_once(content: dict, opened) -> None:
+    utm = WorldFrame("EPSG:32633")
+    assert opened(content).in_world(utm).world == utm
+    with pytest.raises(CaptureError, match="says itself that it is in EPSG:2180"):
+        opened({**content, "crs": "EPSG:2180"}).in_world(utm)
 
 
 def test_focal_length_from_the_angle_and_size_from_the_picture(content: dict, opened) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from mclnf_edge.captures.views import parse_views
 from mclnf_edge.errors import CaptureError
-from mclnf_edge.types import Camera
+from mclnf_edge.types import Camera, WorldFrame
 
 CAMERA = Camera(64, 48, 50.0, 50.0, 32.0, 24.0)
 KEYS = {"fl_x": 30.0, "fl_y": 31.0, "cx": 16.0, "cy": 9.0, "w": 32, "h": 18}
@@ -45,6 +45,14 @@ def test_numbers_row_by_row(pose: np.ndarray, rows: int, separator: str) -> None
 def test_numbers_as_a_nested_list(pose: np.ndarray) -> None:
     (view,) = parse_views(str(pose.tolist()), CAMERA)
     assert np.array_equal(view.T_world_camera, pose)
+
+
+def test_a_file_names_the_frame_of_its_pose(tmp_path: Path, pose: np.ndarray, write_json) -> None:
+    write_json(
+        tmp_path / "v.json", {**KEYS, "transform_matrix": pose.tolist(), "crs": "EPSG:32633"}
+    )
+    (view,) = parse_views(str(tmp_path / "v.json"))
+    assert view.world == WorldFrame("EPSG:32633")
 
 
 def test_numbers_need_a_camera(pose: np.ndarray) -> None:

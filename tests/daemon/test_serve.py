@@ -17,7 +17,8 @@ import pytest
 from mclnf_edge.errors import MclnfError, RemoteError
 from mclnf_edge.maths.metrics import psnr
 from mclnf_edge.store import MapStore, map_check
-from mclnf_edge.types import Frame
+from mclnf_edge.types import Frame, WorldFrame
+from mclnf_edge.world_frames import conversion
 from tests.daemon.conftest import CONFIG, Daemon
 from tests.mapping.flights import Flight
 
@@ -194,6 +195,37 @@ def test_a_late_render_is_told_that_it_is_stale(daemon: Daemon, flight: Flight) 
                 client.render(flight.views[0], deadline_ms=1)
         assert told.value.code == "stale"
         assert client.render(flight.views[0]).rgb.shape == flight.truth[0].shape
+
+
+def test_streams_in_two_coordinate_systems_make_one_map(daemon: Daemon, flight: Flight) -> None:
+    """Half of a flight in local ENU, half in UTM; views in either show the same."""
+    local, utm = WorldFrame("local-enu", (52.2, 15.9, 100.0)), WorldFrame("EPSG:32633")
+    to_utm = conversion(local, utm)
+    halves = {local: flight.frames[::2], utm: flight.frames[1::2]}
+    for world, frames in halves.items():
+        told = [f if world is local else _told(f, to_utm(f.T_world_camera)) for f in frames]
+        with daemon.client() as client:
+            client.hello(stream=world.crs, world=world)
+            assert client.publish(told)["accepted"] == len(frames)
+    assert drained(daemon).done
+    shown = []
+    with daemon.client() as client:
+        for view in flight.views:
+            there = replace(view, T_world_camera=to_utm(view.T_world_camera), world=utm)
+            shown.append(client.render(there).rgb)
+            here = client.render(replace(view, world=local)).rgb
+            assert psnr(shown[-1], here) > 45
+        with pytest.raises(RemoteError, match="cannot convert"):
+            client.hello(stream="nowhere", world=WorldFrame())
+        away = replace(flight.views[0], world=WorldFrame("EPSG:4979"))
+        with pytest.raises(RemoteError, match="nothing is mapped within 100 km"):
+            client.render(away)
+    pairs = zip(shown, flight.truth, strict=True)
+    assert np.mean([psnr(a, b) for a, b in pairs]) > flight.mean_psnr() + 6
+
+
+def _told(frame: Frame, pose: Any) -> Frame:
+    return replace(frame, T_world_camera=pose)
 
 
 def test_two_streams_at_once(daemon: Daemon, flight: Flight) -> None:
