@@ -134,7 +134,7 @@ def gradients(traced: Traced, slopes: Slopes, weights: Tensor) -> Step:
             index.append(traced.texels.at[part.rows][here])
             share.append(traced.texels.share[part.rows][here])
             d_read.append(of_inputs[here])
-    slots = torch.tensor([part.slot for part in learning], device=w.device)
+    slots = torch.tensor([part.slot for part in learning], dtype=torch.long, device=w.device)
     none = d_raw.new_zeros((0, traced.parts[0].weights.numel() if traced.parts else 0))
     stacked = torch.stack(d_weights) if d_weights else none
     if not index:

@@ -14,7 +14,7 @@ from torch import Tensor
 from mclnf_edge.config import AdaptConfig
 from mclnf_edge.engine import torch_learn, torch_volume
 from mclnf_edge.engine.picture import Painted, Shot
-from mclnf_edge.engine.torch_field import Network
+from mclnf_edge.engine.torch_field import Network, PlaneNetwork
 from mclnf_edge.engine.torch_picture import paint
 from mclnf_edge.engine.torch_volume import Course, TensorScene, Traced
 from mclnf_edge.mapping.device import DeviceArrays, Lent, share
@@ -71,6 +71,9 @@ class TorchEngine(Engine[Batch]):
         copies = device != "cpu" if copied is None else copied
         self._arrays = DeviceArrays(self._on) if copies else None
         self._random = torch.Generator(self._on)
+        if device == "cpu" and isinstance(network, PlaneNetwork):
+            # Its products are small: beside other load two threads mostly wait for each other.
+            torch.set_num_threads(1)
         super().__init__(adapt)
 
     def step(

@@ -14,7 +14,7 @@ from mclnf_edge.engine.torch_field import PlaneNetwork
 from mclnf_edge.engine.torch_volume import Course, Samples
 from mclnf_edge.mapping.device import share
 from mclnf_edge.mapping.modules import ModulePool
-from mclnf_edge.mapping.optimizer import Optimizer
+from mclnf_edge.mapping.optimizer import Fit, Optimizer
 from mclnf_edge.mapping.rays import Rays
 from mclnf_edge.mapping.torch_engine import Batch, TorchEngine
 from mclnf_edge.maths import radiance
@@ -133,3 +133,47 @@ def test_steps_are_those_of_the_kernels() -> None:
         a, b = getattr(ours, name), getattr(theirs, name)
         np.testing.assert_allclose(a, b, rtol=1e-2, atol=2e-3 * np.abs(b).max(), err_msg=name)
     assert not np.array_equal(ours.features, small.make_pool().features)
+
+
+def test_frozen_modules_are_rendered_and_not_touched(pool: ModulePool) -> None:
+    frozen = small.make_pool()
+    ro, rd, bands = small.rays(RAYS)
+    rays = Rays(ro, rd, np.zeros_like(ro), np.ones(RAYS, np.float32))
+    engine = TorchEngine(AdaptConfig(rays_per_step=RAYS), NETWORK, "cpu")
+
+    def step() -> Fit:
+        fit = engine.step(
+            frozen, rays, np.ones_like(ro), bands, site=0, reach=float(REACH), decay=0.0
+        )
+        assert fit is not None and fit.mse > 0.01
+        return fit
+
+    frozen.owner[1:] = -1
+    learning = frozen.features[0].copy()
+    step()
+    assert not np.array_equal(frozen.features[0], learning)
+    frozen.owner[0] = -1
+    frozen.features[0], frozen.weights[0] = pool.features[0], pool.weights[0]
+    fit = step()
+    assert (fit.weights == 1).all()
+    for name in ("features", "weights"):
+        np.testing.assert_array_equal(getattr(frozen, name), getattr(pool, name))
+
+
+def test_a_step_is_the_same_again_and_rays_past_everything_change_nothing() -> None:
+    """Randomness comes from the step's number alone."""
+    ro, rd, bands = small.rays(RAYS)
+    rays = Rays(ro, rd, np.full_like(ro, 0.5), np.ones(RAYS, np.float32))
+    found = []
+    for _ in range(2):
+        own, engine = small.make_pool(), TorchEngine(AdaptConfig(), NETWORK, "cpu")
+        how: Any = {"site": 0, "reach": float(REACH), "decay": 0.0}
+        engine.step(own, rays, np.ones_like(ro), bands, **how)
+        up = rays._replace(directions=np.tile(np.float32([0, 0, 1]), (RAYS, 1)))
+        before = own.features.copy()
+        fit = engine.step(own, up, np.ones_like(ro), bands, **how)
+        assert fit is not None and not fit.shown.any()
+        np.testing.assert_array_equal(own.features, before)
+        found.append(own)
+    np.testing.assert_array_equal(found[0].features, found[1].features)
+    np.testing.assert_array_equal(found[0].weights, found[1].weights)
