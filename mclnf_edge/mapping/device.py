@@ -83,8 +83,9 @@ class DeviceArrays:
         learning = live, [int(pool.owner[s]) for s in live]
         if self._pools_turn:
             before = self._learning if self._held else ([], [])
-            self._push(pool, SLOTS, sorted({*learning[0], *before[0], *pool.rewritten}))
-            self._push(pool, ROWS, sorted({*learning[1], *before[1]}))
+            used = sorted(pool.slot_of.values())
+            self._push(pool, SLOTS, used, sorted({*learning[0], *before[0], *pool.rewritten}))
+            self._push(pool, ROWS, learning[1], sorted({*learning[1], *before[1]}))
         for name in _SMALL:
             self._held[name] = torch.from_numpy(getattr(pool, name)).to(self.device, copy=True)
         lent = Lent(pool, self._held, _table(pool).to(self.device))
@@ -93,13 +94,19 @@ class DeviceArrays:
         self._newer = self._newer or learn
         return lent
 
-    def _push(self, pool: ModulePool, names: tuple[str, ...], changed: list[int]) -> None:
+    def _push(
+        self, pool: ModulePool, names: tuple[str, ...], used: list[int], changed: list[int]
+    ) -> None:
+        """Copy what `changed`; all that is `used` where the pool has grown. Slots or rows."""
         for name in names:
             array, held = _own(pool, name), self._held.get(name)
+            rows = changed
             if held is None or held.shape != array.shape:
-                self._held[name] = torch.from_numpy(array).to(self.device, copy=True)
-            elif changed:
-                held[changed] = torch.from_numpy(array[changed]).to(self.device)
+                kind = torch.from_numpy(array[:0]).dtype
+                held = torch.zeros(array.shape, dtype=kind, device=self.device)
+                self._held[name], rows = held, used
+            if rows:
+                held[rows] = torch.from_numpy(array[rows]).to(self.device)
 
     def pull(self, pool: ModulePool) -> None:
         """See `modules.Copies`."""
@@ -118,8 +125,9 @@ def _own(pool: ModulePool, name: str) -> npt.NDArray[Any]:
 
 
 def _table(pool: ModulePool) -> Tensor:
-    """(2, cells) sorted keys of the cells and their slots."""
-    rows = np.array([(*cell, slot) for cell, slot in pool.slot_of.items()], np.int64)
-    level, ix, iy, slot = torch.from_numpy(rows.reshape(-1, 4)).unbind(1)
+    """(2, cells + 1) sorted keys of the cells in memory and their slots; the first is no cell's."""
+    nowhere = (-1, 0, 0, -1)
+    rows = np.array([nowhere, *((*c, slot) for c, slot in pool.slot_of.items())], np.int64)
+    level, ix, iy, slot = torch.from_numpy(rows).unbind(1)
     keys, order = cell_keys(level, ix, iy).sort()
     return torch.stack([keys, slot[order]])

@@ -177,3 +177,13 @@ def test_a_step_is_the_same_again_and_rays_past_everything_change_nothing() -> N
         found.append(own)
     np.testing.assert_array_equal(found[0].features, found[1].features)
     np.testing.assert_array_equal(found[0].weights, found[1].weights)
+
+
+def test_a_place_without_modules_in_memory_is_dark() -> None:
+    own = small.make_pool()
+    for cell in list(own.slot_of):
+        own.owner[own.slot_of[cell]] = -1
+        own.unload(cell)
+    ro, rd, _ = small.rays(20)
+    engine = TorchEngine(AdaptConfig(), NETWORK, "cpu")
+    assert not engine.show(own, 0, ro, rd).any()
