@@ -110,9 +110,9 @@ def score_at(m: Mapper, over: Flight, site: int) -> float:
     return float(np.mean([psnr(render(m, view, site).rgb, true) for view, true in pairs]))
 
 
-def mapper_of_nothing() -> Mapper:
+def mapper_of_nothing(compute: Compute = KERNELS) -> Mapper:
     """A mapper that holds no frames."""
-    return Mapper(MapConfig(cell_size_m=CELL_M), FIELD, ADAPT, INIT, 1)
+    return Mapper(MapConfig(cell_size_m=CELL_M), FIELD, ADAPT, INIT, 1, compute=compute)
 
 
 def worker(store: MapStore) -> Worker:

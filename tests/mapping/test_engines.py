@@ -62,10 +62,7 @@ def test_a_map_of_one_engine_is_shown_by_the_other(
     modules = closed(learned[made_by])
     assert modules
     for compute in (KERNELS, TORCH):
-        again = Mapper(
-            MapConfig(cell_size_m=flights.CELL_M), flights.FIELD, flights.ADAPT, flights.INIT, 1,
-            compute=compute,
-        )  # fmt: skip
+        again = flights.mapper_of_nothing(compute)
         for s in modules:
             again.adopt(s.arrays, s.meta, s.version, "")
         shown.append(flights.render(again, flights.flight().views[0]))
@@ -89,10 +86,7 @@ def flown(copied: bool) -> tuple[Mapper, list[ModuleSnapshot]]:
     m = flights.mapper(frames[:5], compute=TORCH)
     use(m, copied=copied)
     flights.learn(m, 6)
-    again = Mapper(
-        MapConfig(cell_size_m=flights.CELL_M), flights.FIELD, flights.ADAPT, flights.INIT, 1,
-        compute=TORCH,
-    )  # fmt: skip
+    again = flights.mapper_of_nothing(TORCH)
     use(again, copied=copied)
     again.restore(*m.checkpoint())
     kept = m.checkpoint()[1]["frames"]
@@ -135,6 +129,28 @@ def test_closed_modules_stay_while_others_learn_on_copies() -> None:
         want = snapshot.arrays[name].astype(lent[name].numpy().dtype)
         np.testing.assert_array_equal(lent[name][module.slot].numpy(), want.reshape(-1).reshape(
             lent[name][module.slot].shape), err_msg=name)  # fmt: skip
+
+
+def test_modules_that_come_and_go_are_shown_from_copies() -> None:
+    """Out of memory and back into other slots, as `residency` does between two views."""
+    made = flights.mapper(flights.flight().frames, compute=TORCH)
+    flights.learn(made, 5)
+    snapshots = closed(made)
+    m = flights.mapper_of_nothing(TORCH)
+    use(m, copied=True)
+    for s in snapshots:
+        m.adopt(s.arrays, s.meta, s.version, "")
+    view, pool = flights.flight().views[0], m.pool
+    assert pool is not None and len(pool.slot_of) > 1
+    first, slots = flights.render(m, view), dict(pool.slot_of)
+    np.testing.assert_array_equal(first.rgb, flights.render(made, view).rgb)
+    for cell in slots:
+        pool.unload(cell)
+    for module in m.modules.values():
+        arrays = next(s.arrays for s in snapshots if s.id == module.id)
+        module.slot = pool.load(module.cell, arrays)
+    assert pool.slot_of != slots
+    np.testing.assert_array_equal(flights.render(m, view).rgb, first.rgb)
 
 
 def full_above(rays: int) -> Callable[..., Any]:
