@@ -151,7 +151,6 @@ def serving(daemon: Served, views: Sequence[View], local: View, repeats: int) ->
         "status_s": round(answered, 2),
         "memory_mb": round(first["memory_mb"], 1),
         "memory_after_views_mb": round(after["memory_mb"], 1),
-        "peak_memory_mb": round(last["peak_memory_mb"], 1),
         "resident": after["resident"],
         "resident_mb": round(after["resident_mb"], 1),
         "views": len(views),

@@ -328,6 +328,7 @@ class Worker(threading.Thread):
         """
         mapper = self.mapper
         assert isinstance(mapper, Mapper) and mapper.pool is not None
+        self.beat = time.monotonic()  # a view may need hundreds
         try:
             snapshot = self.store.load_module(module.id, module.version)
             module.slot = mapper.pool.load(module.cell, snapshot.arrays)
