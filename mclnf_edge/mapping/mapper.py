@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mclnf_edge.config import AdaptConfig, FieldConfig, MapConfig
-from mclnf_edge.errors import StoreError
+from mclnf_edge.errors import Corrupt, StoreError
 from mclnf_edge.mapping import exposures, revisits
 from mclnf_edge.mapping.checkpoint import Arrays, cell_of, pack, unpack
 from mclnf_edge.mapping.engines import KERNELS, Compute, layout_of, make_engine, start_of
@@ -684,21 +684,28 @@ class Mapper:
     ) -> None:
         """Know a committed module; the first one brings its site's origin and the cell size.
 
-        Without `arrays` it is loaded when it is needed, by `residency`.
+        Without `arrays` it is loaded when it is needed, by `residency`. Raises Corrupt.
         """
-        pool = self.pool_of(float(meta["cell_size_m"]))
-        cell = cell_of(meta["cell"])
-        self.origins.setdefault(cell[0] // 2, np.array(meta["origin"], np.float64))
+        try:
+            cell, origin = cell_of(meta["cell"]), np.array(meta["origin"], np.float64)
+            low, high = (float(corner[2] - origin[2]) for corner in meta["bounds"])
+            cell_m, gains = float(meta["cell_size_m"]), meta.get("gains", {})
+            module = Module(
+                cell, -1, version, "closed", -1, int(meta["steps"]), int(meta["rays"]),
+                psnr=meta["psnr"], digest=digest, frames=set(meta["frame_ids"]),
+                tiles=meta["tiles"],
+            )  # fmt: skip
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise Corrupt(f"a module's description: {type(error).__name__}: {error}") from error
+        pool = self.pool_of(cell_m)
+        self.origins.setdefault(cell[0] // 2, origin)
         self.structure_of(cell[0] // 2)
         if arrays is None:
-            height = self.origins[cell[0] // 2][2]
-            pool.know(cell, *(float(corner[2] - height) for corner in meta["bounds"]))
-        slot = -1 if arrays is None else pool.load(cell, arrays)
-        self.modules[cell] = Module(
-            cell, slot, version, "closed", -1, int(meta["steps"]), int(meta["rays"]),
-            psnr=meta["psnr"], digest=digest, frames=set(meta["frame_ids"]), tiles=meta["tiles"],
-        )  # fmt: skip
-        self.exposures.load(meta.get("gains", {}))
+            pool.know(cell, low, high)
+        else:
+            module.slot = pool.load(cell, arrays)
+        self.modules[cell] = module
+        self.exposures.load(gains)
 
     def lose(self, cell: Cell) -> None:
         """A committed module cannot be read: its place is unknown, and may be learned anew."""
