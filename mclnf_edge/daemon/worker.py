@@ -119,6 +119,7 @@ class Worker(threading.Thread):
             residency = Residency(self.mapper.modules, budget, self._load)
             self.mapper.residency = residency
             self.engine = self.mapper.optimizer.name
+            self.mapper.optimizer.alive = self._alive
             self.renderer = Renderer(self.mapper.optimizer.paint, residency)
         self.error: BaseException | None = None
         self.beat = time.monotonic()

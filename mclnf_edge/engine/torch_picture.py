@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,8 +17,8 @@ _CHUNK = 8192
 
 
 @torch.no_grad()
-def paint(scene: TensorScene, network: Network, shot: Shot) -> Painted:
-    """One picture; see `engine.picture.paint`."""
+def paint(scene: TensorScene, network: Network, shot: Shot, alive: Callable[[], None]) -> Painted:
+    """One picture; see `engine.picture.paint`. `alive` is called after every part of it."""
     height, width = shot.size
     device = scene.box.device
     course = Course(shot.samples, shot.steps, float(shot.uniform), float(shot.reach))
@@ -39,6 +41,7 @@ def paint(scene: TensorScene, network: Network, shot: Shot) -> Painted:
         values = whole.cpu().numpy()
         rgb[part] = (values[:, :3].clip(0, 1) * 255 + 0.5).astype(np.uint8)
         depth[part], known[part] = values[:, 3], values[:, 4]
+        alive()
     size = (height, width)
     return Painted(rgb.reshape(*size, 3), depth.reshape(size), known.reshape(size), points)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -51,12 +52,14 @@ class Engine(ABC, Generic[T]):
     `steps` counts from the beginning of the map; `plane_scale` (planes,) is the running mean of
     squared texel gradients that damps the texels' Fisher information. `rays` are the rays a step
     takes: fewer than the settings say, or none, on a device whose memory is too small for them.
+    `alive` is called between the parts of what may take long.
     """
 
     name: ClassVar[str]
     device: str
 
     def __init__(self, adapt: AdaptConfig) -> None:
+        self.alive: Callable[[], None] = lambda: None
         self.restart(adapt)
 
     def restart(self, adapt: AdaptConfig) -> None:

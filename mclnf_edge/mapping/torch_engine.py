@@ -170,13 +170,18 @@ class TorchEngine(Engine[Batch]):
                 bands = torch.from_numpy(band).to(on).expand(len(o), 2)
                 traced = torch_volume.trace(scene, self._network, (o, d, bands), course)
                 out[a : a + _CHUNK] = traced.rgb.clamp(0, 1).cpu().numpy()
+                self.alive()
             return out
 
         return self._somewhere(pool, shown)
 
     def paint(self, pool: ModulePool, shot: Shot, site: int) -> Painted:
         """See `Engine`."""
-        return self._somewhere(pool, lambda lent: paint(lent.scene(site), self._network, shot))
+
+        def painted(lent: Lent) -> Painted:
+            return paint(lent.scene(site), self._network, shot, self.alive)
+
+        return self._somewhere(pool, painted)
 
     def _somewhere(self, pool: ModulePool, run: Callable[[Lent], T]) -> T:
         """`run` on the device, or on the CPU when the device has no room."""

@@ -237,6 +237,16 @@ def test_the_papers_mlp_is_a_maps_field() -> None:
                 flights.render(m, flight.views[0]).rgb) > 50  # fmt: skip
 
 
+def test_a_long_render_says_that_it_goes_on() -> None:
+    """A picture of many parts, so that the daemon does not take it for a hang."""
+    m = flights.mapper(flights.flight().frames[:4], compute=TORCH)
+    told: list[int] = []
+    m.optimizer.alive = lambda: told.append(1)
+    view = flights.flight().views[0]
+    flights.render(m, replace(view, camera=view.camera.scaled(256, 192)))
+    assert len(told) == 256 * 192 / 8192
+
+
 @pytest.mark.parametrize(
     ("asked", "found"),
     [
