@@ -288,6 +288,8 @@ def status(
 def _say_status(state: dict[str, Any]) -> None:
     facts = ("device", "engine", "memory_mb", "uptime_s")
     typer.echo("  ".join(f"{name} {state[name]}" for name in facts if name in state))
+    if state.get("out_of_memory"):
+        typer.echo(f"{state['device']} is out of memory: frames are kept, nothing is learned")
     if copy := state.get("follow"):
         typer.echo(
             f"follows {copy['leader']}: {copy['modules']} of {copy['modules_there']} modules, "

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from mclnf_edge.cli import app
+from mclnf_edge.cli import _say_status, app
 from mclnf_edge.daemon.security import Keyring
 from tests.wire.echo import EchoDaemon
 
@@ -264,3 +264,12 @@ def test_keys_let_exactly_their_owner_in(capture: Path, tmp_path: Path) -> None:
         assert "role" in errors
     _, errors = run("keygen", keys, "drone", "--role", "render", code=2)
     assert "drone" in errors
+
+
+def test_status_says_that_a_full_device_learns_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    state = {"device": "cuda", "engine": "torch", "out_of_memory": False}
+    _say_status(state)
+    assert "out of memory" not in capsys.readouterr().out
+    _say_status({**state, "out_of_memory": True})
+    told = capsys.readouterr().out
+    assert "cuda is out of memory: frames are kept, nothing is learned" in told
