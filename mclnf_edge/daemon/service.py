@@ -28,6 +28,7 @@ from mclnf_edge.config import ComputeConfig, ServeConfig
 from mclnf_edge.daemon.leader import chunk, committed
 from mclnf_edge.daemon.security import Keyring, check_role
 from mclnf_edge.daemon.sockets import Endpoint, Incoming
+from mclnf_edge.daemon.start import keep, open_kept
 from mclnf_edge.daemon.worker import RenderJob, Worker, pack_frame
 from mclnf_edge.errors import (
     ConfigError,
@@ -39,7 +40,7 @@ from mclnf_edge.errors import (
 )
 from mclnf_edge.geometry import check_camera, check_pose
 from mclnf_edge.images import check_image, decode_image
-from mclnf_edge.mapping.engines import choose, open_start
+from mclnf_edge.mapping.engines import choose
 from mclnf_edge.mapping.initialization import (
     Initialization,
     SignalInitialization,
@@ -138,7 +139,7 @@ def serve(
     """
     config = computing(config, device)
     keyring = prepare(config)
-    start = open_start(config, init)
+    start = open_kept(config, init, map_dir)
     if isinstance(start, SignalInitialization) and config.compute.device == "cuda":
         raise ConfigError(
             f"--device cuda: maps of {start.modality} learn on the CPU; use cpu or auto"
@@ -147,6 +148,7 @@ def serve(
     with MapStore.open(
         map_dir, meta=meta, max_journal_bytes=config.map.journal_budget_bytes
     ) as store:
+        keep(store, start)
         endpoint = Endpoint(bind, keyring)
         try:
             return Service(config, store, endpoint, Worker, start).run(on_ready)

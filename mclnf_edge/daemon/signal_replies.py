@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from mclnf_edge.errors import ProtocolError
 from mclnf_edge.images import encode_image
 from mclnf_edge.inference.signals import render_picture, render_sound
-from mclnf_edge.mapping.signals import SignalMapper
 from mclnf_edge.sounds import encode_wav
 from mclnf_edge.wire.messages import MAX_PART_BYTES, RenderReply, RenderRequest
 from mclnf_edge.wire.planes import pack_plane
+
+if TYPE_CHECKING:
+    from mclnf_edge.mapping.signals import SignalMapper
 
 ENGINE = "torch"
 MAX_PIXELS = 16_000_000

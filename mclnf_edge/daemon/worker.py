@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgpack
 
@@ -31,7 +31,6 @@ from mclnf_edge.mapping.interface import TaskMapper
 from mclnf_edge.mapping.mapper import Mapper
 from mclnf_edge.mapping.modules import Module
 from mclnf_edge.mapping.residency import Residency
-from mclnf_edge.mapping.signals import SignalMapper
 from mclnf_edge.store import MapStore, ModuleRecord, module_info
 from mclnf_edge.types import ModuleSnapshot, Render, View
 from mclnf_edge.wire.codec import decode
@@ -46,6 +45,9 @@ from mclnf_edge.wire.messages import (
     RenderRequest,
 )
 from mclnf_edge.wire.planes import pack_plane
+
+if TYPE_CHECKING:
+    from mclnf_edge.mapping.signals import SignalMapper
 
 log = logging.getLogger(__name__)
 
@@ -501,9 +503,9 @@ class Worker(threading.Thread):
             late = f"waited {waited:.0f} ms of {request.deadline_ms} ms"
             self._send(job.peer, ErrorReply(id=request.id, code="stale", message=late))
             return
-        if isinstance(self.mapper, SignalMapper):
-            pixels = self.config.render.preview_px
-            reply = signal_reply(self.mapper, request, pixels, self._versions, self._alive)
+        if not isinstance(self.mapper, Mapper):
+            pixels, mapper = self.config.render.preview_px, cast("SignalMapper", self.mapper)
+            reply = signal_reply(mapper, request, pixels, self._versions, self._alive)
             self._send(job.peer, reply)
             return
         view = _sized(request)
@@ -592,6 +594,8 @@ def _mapper(
 ) -> TaskMapper:
     """The mapper of what the initialization is for."""
     if isinstance(init, SignalInitialization):
+        from mclnf_edge.mapping.signals import SignalMapper  # with PyTorch, which takes a second
+
         return SignalMapper(config, init, recall)
     compute = choose(config.compute.engine, config.compute.device, config.field.kind)
     return Mapper(config.map, config.field, config.adapt, init.mlp, threads, recall, compute)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from mclnf_edge.mapping.signals import SignalMapper
 from mclnf_edge.types import Render
+
+if TYPE_CHECKING:
+    from mclnf_edge.mapping.signals import SignalMapper
 
 UNKNOWN = 0.5
 """What stands where no module has learned anything: mid-grey."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -52,7 +53,18 @@ def choose(engine: str, device: str, kind: str) -> Compute:
     return Compute("numba", on)
 
 
+def _has_driver() -> bool:
+    """Whether CUDA's driver is installed; without it there is no need to ask PyTorch."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
 def _cuda_found() -> bool:
+    if not _has_driver():
+        return False
     import torch
 
     return torch.cuda.is_available()

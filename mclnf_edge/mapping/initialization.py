@@ -9,15 +9,17 @@ import pickle
 from dataclasses import asdict, dataclass, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from mclnf_edge.engine.field import MLP_SIZE
 from mclnf_edge.errors import InitError
-from mclnf_edge.maths.adaptation import Rates
-from mclnf_edge.maths.fields import Params, Siren
+
+if TYPE_CHECKING:  # PyTorch comes with them, and maps on the kernels start without it
+    from mclnf_edge.maths.adaptation import Rates
+    from mclnf_edge.maths.fields import Params, Siren
 
 FORMAT = "mclnf-edge-init"
 VERSION = 1
@@ -81,6 +83,8 @@ class SignalInitialization:
         """An initialization to read a map with: the right shapes, random values."""
         import torch
 
+        from mclnf_edge.maths.fields import Siren
+
         field = Siren(**meta["field"])
         params = field.init(torch.Generator().manual_seed(0))
         return cls(meta["modality"], field, params, 0.0, Window(**meta["window"]), "", {})
@@ -112,16 +116,23 @@ def load_signal_init(path: Path) -> SignalInitialization:
     return init
 
 
-def open_init(path: Path | None) -> Initialization | SignalInitialization:
-    """Read an initialization of any modality.
+def init_file(path: Path | None) -> Path:
+    """Where an initialization lies: None is the shipped one of posed modules.
 
-    `path` None is the shipped one of posed modules; the names city, image, video and audio are the
-    shipped ones where no file is called so.
-    Raises InitError as `load_init` does.
+    The names city, image, video and audio are the shipped ones where no file is called so.
     """
     path = Path("city") if path is None else path
     if str(path) in SHIPPED and not path.exists():
         path = Path(str(resources.files("mclnf_edge") / "inits" / SHIPPED[str(path)]))
+    return path
+
+
+def open_init(path: Path | None) -> Initialization | SignalInitialization:
+    """Read an initialization of any modality; `path` as for `init_file`.
+
+    Raises InitError as `load_init` does.
+    """
+    path = init_file(path)
     data, content = _read(path)
     digest = hashlib.sha256(data).hexdigest()
     if content.get("format") == SIGNAL_FORMAT:
@@ -182,6 +193,8 @@ def _described(path: Path, content: dict[str, Any]) -> dict[str, Any]:
 
 def _signal(path: Path, content: dict[str, Any], digest: str) -> SignalInitialization:
     import torch
+
+    from mclnf_edge.maths.fields import Siren
 
     modality = content.get("modality")
     if modality not in SHAPES:

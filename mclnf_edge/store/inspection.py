@@ -57,7 +57,7 @@ def map_info(path: Path | str) -> dict[str, Any]:
             "modules": [module_info(record) for record in store.modules()],
             "streams": store.streams(),
             "tasks": tasks,
-            "open": store.checkpoint_names(),
+            "checkpoints": store.checkpoint_names(),
             **store.counts(),
         }
 

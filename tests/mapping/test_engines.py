@@ -14,7 +14,7 @@ import torch
 from mclnf_edge.config import ComputeConfig, FieldConfig, MapConfig, ServeConfig
 from mclnf_edge.engine.torch_field import PlaneNetwork
 from mclnf_edge.errors import ConfigError, DeviceError, InitError
-from mclnf_edge.mapping import device
+from mclnf_edge.mapping import device, engines
 from mclnf_edge.mapping.engines import KERNELS, Compute, choose, open_start
 from mclnf_edge.mapping.initialization import SHIPPED, load_init, save_init
 from mclnf_edge.mapping.mapper import Mapper
@@ -262,6 +262,7 @@ def test_engine_and_device_are_chosen(asked: tuple[str, str, str], found: Comput
 
 @pytest.mark.parametrize("has_cuda", [False, True])
 def test_cuda_is_taken_where_it_is(has_cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "_has_driver", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
     if has_cuda:
         assert choose("auto", "auto", "planes") == choose("torch", "cuda", "mlp")
