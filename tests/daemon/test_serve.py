@@ -187,6 +187,23 @@ def test_a_close_request_outlives_a_kill(daemon: Daemon, flight: Flight) -> None
         assert [state for state, _ in store.tasks().values()] == ["ended"]
 
 
+def test_a_damaged_module_is_quarantined_and_the_rest_is_served(
+    daemon: Daemon, flight: Flight
+) -> None:
+    """One byte of one file changes while the daemon is down."""
+    send(daemon, flight.frames)
+    assert drained(daemon).done and daemon.stop() == 0
+    file = sorted((daemon.map / "modules").iterdir())[0]
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    daemon.start()
+    with daemon.client() as client:
+        states = [module["state"] for module in client.status()["modules"]]
+        assert states.count("quarantined") == 1 and states.count("closed") == len(states) - 1 > 0
+        assert any(client.render(view).known.any() for view in flight.views)
+
+
 def test_a_late_render_is_told_that_it_is_stale(daemon: Daemon, flight: Flight) -> None:
     send(daemon, flight.frames)
     with daemon.client() as client:

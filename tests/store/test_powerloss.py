@@ -30,6 +30,16 @@ def test_nothing_promised_is_lost(tmp_path: Path, fail_sync: bool) -> None:
     assert list(cut_and_look(recording, tmp_path, cuts=40, seed=1)) == []
 
 
+def test_a_cut_right_after_a_promise_finds_it_kept(tmp_path: Path) -> None:
+    """Where an fsync that the store forgets shows most: at every promise, three times each."""
+    (tmp_path / "disk").mkdir()
+    recording = fly(tmp_path / "disk")
+    promises = [at for at, op in enumerate(recording.ops) if op.kind == "ack"]
+    for at in promises:
+        step = range(at + 1, at + 2)
+        assert list(cut_and_look(recording, tmp_path, cuts=3, seed=at, within=step)) == []
+
+
 @pytest.mark.parametrize("fsync", FSYNCS)
 def test_every_fsync_is_needed(tmp_path: Path, fsync: str) -> None:
     (tmp_path / "disk").mkdir()
