@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -110,6 +110,7 @@ def publish(
     report |= {"rejections": rejections, "seconds": round(time.monotonic() - start, 3)}
     if isinstance(source, SignalFile):
         return report | {"notes": (), "modality": source.modality}
+    report["world"] = asdict(source.world)
     if isinstance(source, Capture):
         return report | {"notes": source.notes}
     gap_s = source.poses.largest_gap_s()

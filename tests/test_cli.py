@@ -17,7 +17,9 @@ import pytest
 from typer.testing import CliRunner
 
 from mclnf_edge.cli import _say_status, app
+from mclnf_edge.commands import views_of
 from mclnf_edge.daemon.security import Keyring
+from mclnf_edge.types import WorldFrame
 from tests.wire.echo import EchoDaemon
 
 POSE = [[1, 0, 0, 5], [0, 1, 0, 6], [0, 0, 1, 77], [0, 0, 0, 1]]
@@ -120,6 +122,25 @@ def test_publish_names_rejected_frames_and_fails_when_none_is_kept(
     finally:
         daemon.refuse = set()
     assert "0 accepted, 2 rejected" in out and "refused by the test" in errors
+
+
+def test_poses_are_told_their_world(daemon: EchoDaemon, capture: Path, tmp_path: Path) -> None:
+    words = ("publish", capture, "--connect", daemon.address, "--world")
+    report = run_json(*words, "EPSG:2180@5e5,4e5,0")
+    assert report["world"] == {"crs": "EPSG:2180", "origin": [5e5, 4e5, 0.0]}
+    assert daemon.hellos[-1].world == WorldFrame("EPSG:2180", (5e5, 4e5, 0.0))
+    report = run_json(*words, "EPSG:4979")
+    assert report["world"] == {"crs": "EPSG:4979", "origin": [5.0, 6.0, 77.0]}, "the first pose"
+    assert "--world: world frame: expected" in run(*words, "utm", code=2)[1]
+    (tmp_path / "p.json").write_text(json.dumps({"transform_matrix": POSE, "crs": "EPSG:32633",
+        "w": 8, "h": 6, "fl_x": 9.0}))  # fmt: skip
+    map_frame = WorldFrame("EPSG:2180")
+    assert views_of(FLAT, None, None, map_frame)[0].world == map_frame
+    assert views_of(FLAT, None, None)[0].world is None
+    assert views_of(str(tmp_path / "p.json"), None, None, map_frame)[0].world == WorldFrame(
+        "EPSG:32633"
+    )
+    assert views_of(f"{capture}#test", None, None, map_frame)[0].world == map_frame
 
 
 def test_publish_a_video_with_poses(daemon: EchoDaemon, tmp_path: Path) -> None:

@@ -6,8 +6,8 @@
 keeps the promise, what stands there when it is gone, and the tests that must notice. Each is done
 to a copy of the tree in a temporary folder; the tests run there without the change, where they
 must pass, and with it, where they must fail. Results are kept in the JSON: a run that was cut
-short goes on where it stopped, and what was proved is proved again when the package or the test
-has changed. Exit code 1 when a test did not notice.
+short goes on where it stopped, and what was proved is proved again when the mechanism's file or
+the test's has changed. Exit code 1 when a test did not notice.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 from tools.measure import ROOT, open_results, save
 from tools.mechanisms import MECHANISMS, Mechanism
 
-PACKAGE, TESTS = "mclnf_edge", "tests"
+PACKAGE = "mclnf_edge"
 LIMIT_S = 400
 _HEADING = "## What is promised"
 
@@ -84,11 +84,10 @@ def promises() -> list[str]:
 
 
 def sources(mechanism: Mechanism) -> str:
-    """Digest of the package and of the tests' files."""
+    """Digest of the mechanism's file and of its tests' files."""
     digest = hashlib.sha256()
-    files = {ROOT / test.partition("::")[0] for test in mechanism.tests}
-    for file in sorted({*(ROOT / PACKAGE).rglob("*.py"), *files}):
-        digest.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes())
+    for name in sorted({mechanism.file, *(test.partition("::")[0] for test in mechanism.tests)}):
+        digest.update(name.encode() + b"\0" + (ROOT / name).read_bytes())
     return digest.hexdigest()[:16]
 
 
