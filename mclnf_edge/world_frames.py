@@ -210,6 +210,7 @@ class _Epsg:
             ) from None
 
 
+@lru_cache(maxsize=64)
 def _registered(code: int) -> tuple[Any, Any]:
     """pyproj and the frame with this number: metres, or degrees and metres."""
     try:
