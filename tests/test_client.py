@@ -139,6 +139,15 @@ def test_lost_acknowledgement_is_resent_and_makes_no_second_frame(
     assert max(daemon.seen.values()) >= 2
 
 
+def test_one_lost_answer_among_others_is_asked_for_again(daemon: EchoDaemon, make: Make) -> None:
+    """The link is not silent, so no new connection brings it: the frame's own time does."""
+    daemon.lose = 1
+    client = make(daemon.address)
+    counts = client.publish(frames(30), rate_hz=30)
+    assert counts["accepted"] + counts["duplicate"] == 30 and counts["duplicate"] >= 1
+    assert len(daemon.hellos) == 1 and kept_seqs(daemon.kept) == list(range(30))
+
+
 def test_busy_frames_go_again_before_newer_ones(daemon: EchoDaemon, make: Make) -> None:
     daemon.busy = {0, 3}
     daemon.credit_bytes = 1  # one frame at a time

@@ -124,7 +124,7 @@ MECHANISMS = (
         RESENT, "nothing is sent again", "mclnf_edge/wire/window.py",
         "entry.due, entry.held = now + resend_s, False",
         'entry.due, entry.held = float("inf"), False',
-        (_CLIENT + "test_lost_acknowledgement_is_resent_and_makes_no_second_frame",),
+        (_CLIENT + "test_one_lost_answer_among_others_is_asked_for_again",),
     ),
     Mechanism(
         CLOSED, "a version may be committed twice", "mclnf_edge/store/module_store.py",
@@ -132,8 +132,9 @@ MECHANISMS = (
         (_MAP + "test_a_module_comes_back_as_committed",),
     ),
     Mechanism(
-        CLOSED, "a closed module still takes steps", "mclnf_edge/mapping/mapper.py",
-        "            self.pool.freeze(module)\n", "            pass\n",
+        CLOSED, "a closed module still takes steps", "mclnf_edge/mapping/modules.py",
+        "        self.owner[module.slot] = -1\n        self._free_rows.append(module.row)\n",
+        "        self._free_rows.append(module.row)\n",
         ("tests/mapping/test_mapper.py::test_what_is_closed_stays_as_it_is",),
     ),
     Mechanism(
