@@ -35,6 +35,8 @@ MODEST = "a modest stream is answered within 3 s"
 LINK = "no frame is lost or doubled on the way"
 MEMORY = "bounded memory, others are served"
 COMPUTE = "a broken compute thread ends the process with 1"
+RESIDENT = "modules in memory stay within `render.resident_mb`, whatever the map holds"
+ROOM = "learning goes on with fewer rays, or stops while frames are still taken"
 STRANGERS = "strangers get nothing"
 MALFORMED = "malformed messages harm nobody"
 
@@ -133,8 +135,8 @@ MECHANISMS = (
     ),
     Mechanism(
         CLOSED, "a closed module still takes steps", "mclnf_edge/mapping/modules.py",
-        "        self.owner[module.slot] = -1\n        self._free_rows.append(module.row)\n",
-        "        self._free_rows.append(module.row)\n",
+        "        self.rewritten.add(module.slot)\n        self.owner[module.slot] = -1\n",
+        "        self.rewritten.add(module.slot)\n",
         ("tests/mapping/test_mapper.py::test_what_is_closed_stays_as_it_is",),
     ),
     Mechanism(
@@ -258,6 +260,24 @@ MECHANISMS = (
         "mclnf_edge/daemon/service.py",
         "        if stalled > self.config.watch.hang_s:\n", "        if False:\n",
         (_FAULTS + "test_a_broken_compute_thread_ends_the_process",),
+    ),
+    Mechanism(
+        RESIDENT, "no module ever leaves memory", "mclnf_edge/mapping/residency.py",
+        "idle = [c for c in self._pool.slot_of if self._may_go(c)]", "idle: list[Cell] = []",
+        (
+            "tests/mapping/test_residency.py::"
+            "test_a_view_of_more_than_the_budget_is_whole_and_the_budget_holds_again_after_it",
+        ),
+    ),
+    Mechanism(
+        ROOM, "a step for which there is no room is an error", "mclnf_edge/mapping/torch_engine.py",
+        "        except torch.cuda.OutOfMemoryError as error:\n"
+        "            reason = str(error)\n"
+        "        torch.cuda.empty_cache()  # only here",
+        "        except MemoryError as error:\n"
+        "            reason = str(error)\n"
+        "        torch.cuda.empty_cache()  # only here",
+        ("tests/mapping/test_engines.py::test_a_full_device_gets_fewer_rays",),
     ),
     Mechanism(
         STRANGERS, "roles are not compared", "mclnf_edge/daemon/security.py",
