@@ -17,7 +17,7 @@ class Mechanism(NamedTuple):
 
 
 KEPT = "an acknowledged frame is kept"
-FSYNC = "every fsync is needed"
+FSYNC = "every kind of fsync is needed"
 DISK = (
     "the store answers a full or failing disk with an error, keeps what it has and takes frames "
     "again later"
@@ -208,9 +208,9 @@ MECHANISMS = (
         (_FAULTS + "test_a_snapshot_of_a_map_that_adapts_is_sound_and_can_be_served",),
     ),
     Mechanism(
-        MODEST, "one round takes all that waits of whoever sends most",
+        MODEST, "all that one connection sends is taken in, and in one round",
         "mclnf_edge/daemon/sockets.py",
-        "timeout_ms: int, limit: int = 64)", "timeout_ms: int, limit: int = 100_000)",
+        "RECEIVE_HWM = 16\n", "RECEIVE_HWM = 100_000\n",
         (_FAULTS + "test_four_flooding_streams_do_not_starve_a_modest_one",),
     ),
     Mechanism(

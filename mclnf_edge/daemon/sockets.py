@@ -25,6 +25,9 @@ from mclnf_edge.wire.messages import MAX_PART_BYTES, MAX_PARTS
 RECEIVE_HWM = 16
 """Messages of one connection that wait inside ZeroMQ before TCP pushes back."""
 
+ROUND = 4 * RECEIVE_HWM
+"""Messages of all connections that are taken before any is answered."""
+
 SEND_HWM = 32
 """Unread messages of one client, beyond its own buffers, before further ones are dropped."""
 
@@ -93,7 +96,7 @@ class Endpoint:
             self._socket.curve_secretkey = self._keyring.server.secret.encode()
             self._socket.curve_server = True
 
-    def receive(self, timeout_ms: int, limit: int = 64) -> list[Incoming]:
+    def receive(self, timeout_ms: int, limit: int = ROUND) -> list[Incoming]:
         """Up to `limit` waiting messages; waits at most `timeout_ms` for the first or a `wake`.
 
         A message with too many parts, or of a key that lost its rights while connected, is counted
