@@ -15,8 +15,11 @@ import psutil
 class Served:
     """`mclnf-edge serve` on one map at one address; `start` may follow `kill` or `stop`."""
 
-    def __init__(self, folder: Path, config: str) -> None:
-        """`config` is the YAML text of its settings."""
+    def __init__(
+        self, folder: Path, config: str, program: tuple[str, ...] = ("-m", "mclnf_edge.cli")
+    ) -> None:
+        """`config` is the YAML text of its settings, `program` what the interpreter runs."""
+        self.program = program
         self.map, self.log = folder / "map", folder / "daemon.log"
         self.address = f"tcp://127.0.0.1:{free_port()}"
         self.config = folder / "serve.yaml"
@@ -28,7 +31,7 @@ class Served:
         words = ["serve", "--map", str(self.map), "--bind", self.address]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "mclnf_edge.cli", *words, "--config", str(self.config)],
+                [sys.executable, *self.program, *words, "--config", str(self.config)],
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,

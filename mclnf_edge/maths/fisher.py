@@ -103,22 +103,22 @@ def factored_information(taps: Sequence[Tap], grads: Sequence[Tensor], damping: 
     """q of points with each weight's F replaced by the rank-one row x column product, (..., N).
 
     F_jk ~ r_j c_k / sum(r) with r, c the row and column sums of the batch's diagonal F, a bias
-    counting as the weight of a constant input. Costs O(d_in + d_out) per sample, not their product.
+    counting as the weight of a constant input. Costs O(d_in + d_out) per sample, not their product:
+    each layer's squares meet vectors only.
     """
-    squares = [
-        (torch.nn.functional.pad(t.inputs, (0, 1), value=1.0).square(), d.square())
-        for t, d in zip(taps, grads, strict=True)
-    ]
-    norms = [x2.sum(-1) * d2.sum(-1) for x2, d2 in squares]
-    size = sum(x2.shape[-1] * d2.shape[-1] for x2, d2 in squares)
-    ridge = damping * torch.stack(norms).sum(0).mean(-1)[..., None, None] / size
+    squares = [(t.inputs.square(), d.square()) for t, d in zip(taps, grads, strict=True)]
+    sums = [(x2.sum(-1) + 1, d2.sum(-1)) for x2, d2 in squares]
+    size = sum((x2.shape[-1] + 1) * d2.shape[-1] for x2, d2 in squares)
+    norms = torch.stack([a * b for a, b in sums]).sum(0)
+    ridge = damping * norms.mean(-1, keepdim=True) / size
     parts = []
-    for x2, d2 in squares:
-        inputs, outputs = x2.shape[-1], d2.shape[-1]
-        row = (x2 * d2.sum(-1, keepdim=True)).mean(-2, keepdim=True) + ridge * outputs
-        column = (d2 * x2.sum(-1, keepdim=True)).mean(-2, keepdim=True) + ridge * inputs
-        total = row.sum(-1)
-        parts.append((x2 / row).sum(-1) * (d2 / column).sum(-1) * total)
+    for (x2, d2), (a, b) in zip(squares, sums, strict=True):
+        inputs, outputs, n = x2.shape[-1] + 1, d2.shape[-1], x2.shape[-2]
+        row = _times(x2.mT, b) / n + ridge * outputs
+        bias = b.mean(-1, keepdim=True) + ridge * outputs
+        column = _times(d2.mT, a) / n + ridge * inputs
+        total = row.sum(-1, keepdim=True) + bias
+        parts.append((_times(x2, 1 / row) + 1 / bias) * _times(d2, total / column))
     return torch.stack(parts).sum(0)
 
 
@@ -195,6 +195,11 @@ def _ray_gradients(x: Tensor, d: Tensor) -> Iterator[Tensor]:
         torch.split(x, RAYS_AT_ONCE, dim=-3), torch.split(d, RAYS_AT_ONCE, dim=-3), strict=True
     )
     return (a.mT @ b for a, b in blocks)
+
+
+def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+    """(..., n, m), (..., m) -> (..., n)."""
+    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
 
 
 def _module_mean(fisher: Mapping[str, Tensor]) -> Tensor:

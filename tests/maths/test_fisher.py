@@ -149,6 +149,24 @@ def test_factored_information_is_exact_where_f_has_rank_one_layers() -> None:
     torch.testing.assert_close(exact, torch.tensor([9.0], dtype=torch.float64))
 
 
+@pytest.mark.parametrize("damping", [0.0, 0.1])
+def test_factored_information_equals_its_definition(damping: float) -> None:
+    """From per-sample gradients: F of each layer, bias row included, as row x column / total."""
+    params, coords, targets = problem(2)
+    g = fisher.scores(FIELD, params, coords, targets)
+    squares = dict(zip(params, g.square().split([p.numel() for p in params.values()], 1)))
+    ridge = damping * g.square().mean()
+    expected = torch.zeros(N, dtype=torch.float64)
+    for layer in {name.partition(".")[0] for name in params}:
+        weight = squares[f"{layer}.w"].reshape(N, *params[f"{layer}.w"].shape)
+        layer_squares = torch.cat([weight, squares[f"{layer}.b"].unsqueeze(1)], 1)
+        f = layer_squares.mean(0) + ridge
+        rank_one = torch.outer(f.sum(1), f.sum(0)) / f.sum()
+        expected += (layer_squares / rank_one).sum((1, 2))
+    found = fisher.factored_information(*taps_of(params, coords, targets), damping)
+    torch.testing.assert_close(found, expected)
+
+
 def rank_correlation(a: Tensor, b: Tensor) -> float:
     ranks = torch.stack([a.argsort().argsort(), b.argsort().argsort()]).double()
     return float(torch.corrcoef(ranks)[0, 1])
