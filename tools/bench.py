@@ -27,14 +27,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")  # read once, when torch is first 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mclnf_edge.report import write_json  # noqa: E402
-from tools import speed_daemon, speed_torch  # noqa: E402
+from tools import speed_daemon, speed_steps, speed_torch  # noqa: E402
 from tools.measure import ROOT, machine  # noqa: E402
 
 Row = dict[str, Any]
 PARTS: dict[str, Callable[[Path], Row]] = {
     "fisher": speed_torch.fisher,
+    "rays": speed_steps.rays,
+    "roofline": speed_steps.roofline,
     "ingest": speed_daemon.ingest,
     "start": speed_daemon.start,
+    "meta": speed_steps.meta,
 }
 NEEDS_CAPTURE = ("fisher", "rays", "ingest", "start")
 

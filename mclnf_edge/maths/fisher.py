@@ -106,20 +106,30 @@ def factored_information(taps: Sequence[Tap], grads: Sequence[Tensor], damping: 
     counting as the weight of a constant input. Costs O(d_in + d_out) per sample, not their product:
     each layer's squares meet vectors only.
     """
-    squares = [(t.inputs.square(), d.square()) for t, d in zip(taps, grads, strict=True)]
-    sums = [(x2.sum(-1) + 1, d2.sum(-1)) for x2, d2 in squares]
-    size = sum((x2.shape[-1] + 1) * d2.shape[-1] for x2, d2 in squares)
-    norms = torch.stack([a * b for a, b in sums]).sum(0)
-    ridge = damping * norms.mean(-1, keepdim=True) / size
-    parts = []
-    for (x2, d2), (a, b) in zip(squares, sums, strict=True):
-        inputs, outputs, n = x2.shape[-1] + 1, d2.shape[-1], x2.shape[-2]
-        row = _times(x2.mT, b) / n + ridge * outputs
-        bias = b.mean(-1, keepdim=True) + ridge * outputs
-        column = _times(d2.mT, a) / n + ridge * inputs
-        total = row.sum(-1, keepdim=True) + bias
-        parts.append((_times(x2, 1 / row) + 1 / bias) * _times(d2, total / column))
-    return torch.stack(parts).sum(0)
+    sums = [_factors(tap.inputs, d) for tap, d in zip(taps, grads, strict=True)]
+    size = sum((t.inputs.shape[-1] + 1) * d.shape[-1] for t, d in zip(taps, grads, strict=True))
+    ridge = damping * torch.stack([total for *_, total in sums]).sum(0).unsqueeze(-1) / size
+    q = torch.zeros_like(grads[0][..., 0])
+    for tap, d, (row, column, bias, total) in zip(taps, grads, sums, strict=True):
+        inputs, outputs = tap.inputs.shape[-1] + 1, d.shape[-1]
+        scale = total.unsqueeze(-1) + ridge * (inputs * outputs)
+        x_part = _times(tap.inputs.square(), 1 / (row + ridge * outputs))
+        x_part += 1 / (bias.unsqueeze(-1) + ridge * outputs)
+        q += x_part * _times(d.square(), scale / (column + ridge * inputs))
+    return q * q.shape[-1]
+
+
+def _factors(x: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Row sums (..., d_in), column sums (..., d_out), bias row and total of the squared scores.
+
+    Summed over the samples. The squares are made again when they are needed: keeping those of every
+    layer costs more in fresh memory than squaring twice.
+    """
+    x2, d2 = x.square(), d.square()
+    a, b = x2.sum(-1) + 1, d2.sum(-1)
+    row, column = _times(x2.mT, b), _times(d2.mT, a)
+    bias = b.sum(-1)
+    return row, column, bias, row.sum(-1) + bias
 
 
 def gradncp_score(values: Tensor, targets: Tensor, features: Tensor) -> Tensor:
@@ -199,6 +209,8 @@ def _ray_gradients(x: Tensor, d: Tensor) -> Iterator[Tensor]:
 
 def _times(matrix: Tensor, vector: Tensor) -> Tensor:
     """(..., n, m), (..., m) -> (..., n)."""
+    if matrix.ndim == 2:
+        return torch.mv(matrix, vector)
     return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
 
 

@@ -154,7 +154,9 @@ def test_factored_information_equals_its_definition(damping: float) -> None:
     """From per-sample gradients: F of each layer, bias row included, as row x column / total."""
     params, coords, targets = problem(2)
     g = fisher.scores(FIELD, params, coords, targets)
-    squares = dict(zip(params, g.square().split([p.numel() for p in params.values()], 1)))
+    squares = dict(
+        zip(params, g.square().split([p.numel() for p in params.values()], 1), strict=True)
+    )
     ridge = damping * g.square().mean()
     expected = torch.zeros(N, dtype=torch.float64)
     for layer in {name.partition(".")[0] for name in params}:
