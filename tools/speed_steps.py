@@ -1,4 +1,4 @@
-"""What `tools/bench.py` measures of whole steps: on rays, against the roofline, in meta-training."""
+"""What `tools/bench.py` measures of whole steps: on rays, at the roofline, in meta-training."""
 
 from __future__ import annotations
 
