@@ -106,30 +106,38 @@ def factored_information(taps: Sequence[Tap], grads: Sequence[Tensor], damping: 
     counting as the weight of a constant input. Costs O(d_in + d_out) per sample, not their product:
     each layer's squares meet vectors only.
     """
-    sums = [_factors(tap.inputs, d) for tap, d in zip(taps, grads, strict=True)]
-    size = sum((t.inputs.shape[-1] + 1) * d.shape[-1] for t, d in zip(taps, grads, strict=True))
-    ridge = damping * torch.stack([total for *_, total in sums]).sum(0).unsqueeze(-1) / size
-    q = torch.zeros_like(grads[0][..., 0])
-    for tap, d, (row, column, bias, total) in zip(taps, grads, sums, strict=True):
-        inputs, outputs = tap.inputs.shape[-1] + 1, d.shape[-1]
-        scale = total.unsqueeze(-1) + ridge * (inputs * outputs)
-        x_part = _times(tap.inputs.square(), 1 / (row + ridge * outputs))
-        x_part += 1 / (bias.unsqueeze(-1) + ridge * outputs)
-        q += x_part * _times(d.square(), scale / (column + ridge * inputs))
-    return q * q.shape[-1]
+    pairs = [(tap.inputs, d) for tap, d in zip(taps, grads, strict=True)]
+    rows, columns = zip(*(_factors(x, d) for x, d in pairs), strict=True)
+    ins, outs = [r.shape[-1] for r in rows], [c.shape[-1] for c in columns]
+    totals = torch.stack([c.sum(-1) for c in columns], -1)  # a layer's squared scores, summed
+    sizes = torch.tensor([ins, outs], dtype=totals.dtype, device=totals.device)
+    ridge = totals.sum(-1, keepdim=True) * (damping / (sizes[0] * sizes[1]).sum())
+    scale = (totals + ridge * sizes[0] * sizes[1]) * pairs[0][0].shape[-2]
+    row = 1 / (torch.cat(rows, -1) + _each(ridge * sizes[1], ins))
+    column = _each(scale, outs) / (torch.cat(columns, -1) + _each(ridge * sizes[0], outs))
+    parts = [
+        (_times(x.square(), r[..., :-1]) + r[..., -1:]) * _times(d.square(), c)
+        for (x, d), r, c in zip(pairs, row.split(ins, -1), column.split(outs, -1), strict=True)
+    ]
+    return torch.stack(parts).sum(0)
 
 
-def _factors(x: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Row sums (..., d_in), column sums (..., d_out), bias row and total of the squared scores.
+def _each(per_layer: Tensor, sizes: Sequence[int]) -> Tensor:
+    """(..., layers) -> (..., sum of sizes): each layer's value as often as its size says."""
+    repeats = torch.tensor(sizes, device=per_layer.device)
+    return per_layer.repeat_interleave(repeats, dim=-1, output_size=sum(sizes))
+
+
+def _factors(x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """Row sums (..., d_in + 1), the bias last, and column sums (..., d_out) of squared scores.
 
     Summed over the samples. The squares are made again when they are needed: keeping those of every
     layer costs more in fresh memory than squaring twice.
     """
     x2, d2 = x.square(), d.square()
-    a, b = x2.sum(-1) + 1, d2.sum(-1)
-    row, column = _times(x2.mT, b), _times(d2.mT, a)
-    bias = b.sum(-1)
-    return row, column, bias, row.sum(-1) + bias
+    d_norm = d2.sum(-1)
+    row = torch.cat([_times(x2.mT, d_norm), d_norm.sum(-1, keepdim=True)], -1)
+    return row, _times(d2.mT, x2.sum(-1) + 1)
 
 
 def gradncp_score(values: Tensor, targets: Tensor, features: Tensor) -> Tensor:
