@@ -89,10 +89,12 @@ def points(modality: str, data: Path) -> Row:
     batches = [
         pick(episode.coords[0], episode.values[0], SAMPLES, generator) for _ in range(STEPS_A_ROUND)
     ]
-    runs = {
-        name: adapting(init.field, init.params, batches, Rule(weighting, "adam"))
-        for name, weighting in (("plain", "none"), ("exact", "diagonal"), ("factored", "factored"))
+    rules = {
+        "plain": Rule("none", "adam"),
+        "exact": Rule("diagonal", "adam"),
+        "factored": Rule("factored", "adam"),
     }
+    runs = {n: adapting(init.field, init.params, batches, rule) for n, rule in rules.items()}
     rows = compare(interleaved(runs, ROUNDS), "plain", STEPS_A_ROUND)
     return rows | {"spearman": rankings(init.field, init.params, batches)}
 
@@ -116,7 +118,7 @@ def adapting(
 def rankings(field: Field, params: Params, batches: Sequence[Batch]) -> list[float]:
     """Spearman correlation of factored and exact weights of each batch along an adaptation."""
     found, state, rule = [], State(), Rule("diagonal", "adam")
-    for batch in batches * 3:
+    for batch in [*batches] * 3:
         before = params
         params, state, exact = inner_step(field, params, state, batch, 3e-4, rule)
         cheap = inner_step(field, before, State(), batch, 0.0, Rule("factored"))[2]

@@ -117,7 +117,9 @@ def factored_information(taps: Sequence[Tap], grads: Sequence[Tensor], damping: 
     column = _each(scale, outs) / (torch.cat(columns, -1) + _each(ridge * sizes[0], outs))
     parts = [
         (_times(x.square(), r[..., :-1]) + r[..., -1:]) * _times(d.square(), c)
-        for (x, d), r, c in zip(pairs, row.split(ins, -1), column.split(outs, -1), strict=True)
+        for (x, d), r, c in zip(
+            pairs, torch.split(row, ins, dim=-1), torch.split(column, outs, dim=-1), strict=True
+        )
     ]
     return torch.stack(parts).sum(0)
 
