@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from mclnf_edge.errors import FrameRejected
 from mclnf_edge.images import (
+    check_decodes,
     check_image,
     decode_depth,
     decode_image,
@@ -113,6 +115,31 @@ def test_exif_orientation_is_not_applied() -> None:
     data = encode_image(ramp(), "jpeg")
     turned = decode_image(data[:2] + app1 + data[2:], "jpeg", CAMERA)
     assert np.array_equal(turned, decode_image(data, "jpeg", CAMERA))
+
+
+@pytest.mark.parametrize("encoding", [*FILES, "raw"])
+def test_a_check_refuses_what_decoding_refuses(encoding: str) -> None:
+    """500 damaged files; a JPEG is judged by an eighth of its pixels."""
+    random = np.random.default_rng(2)
+    whole = encode_image(random.integers(0, 255, (23, 37, 3), np.uint8), encoding)
+    check_decodes(whole, encoding, CAMERA)
+    outcomes = set()
+    for _ in range(500):
+        data = bytearray(whole)
+        for at in random.integers(0, len(data), random.integers(1, 12)):
+            data[at] = random.integers(0, 256)
+        both = [refusal(judge, bytes(data), encoding) for judge in (check_decodes, decode_image)]
+        assert both[0] == both[1]
+        outcomes.add(both[0])
+    assert True in outcomes or encoding == "raw"
+
+
+def refusal(judge: Callable[..., object], data: bytes, encoding: str) -> bool:
+    try:
+        judge(data, encoding, CAMERA)
+    except FrameRejected:
+        return True
+    return False
 
 
 @pytest.mark.parametrize("encoding", FILES)

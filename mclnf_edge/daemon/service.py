@@ -39,7 +39,7 @@ from mclnf_edge.errors import (
     StoreError,
 )
 from mclnf_edge.geometry import check_camera, check_pose
-from mclnf_edge.images import check_image, decode_image
+from mclnf_edge.images import check_decodes
 from mclnf_edge.mapping.engines import choose
 from mclnf_edge.mapping.initialization import (
     Initialization,
@@ -299,8 +299,7 @@ class Service:
         frame = opengl_frame(put.frame, stream.axes)  # type: ignore[arg-type]
         check_camera(frame.camera, "frame.camera")
         pose = check_pose(frame.T_world_camera, "frame.T_world_camera")
-        check_image(frame.image, frame.encoding, frame.camera)
-        decode_image(frame.image, frame.encoding, frame.camera)
+        check_decodes(frame.image, frame.encoding, frame.camera)
         payload = None
         site, pose = stream.place(pose)
         if not self._hovers(stream, pose):
