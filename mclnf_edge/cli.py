@@ -407,6 +407,25 @@ def check(folder: MapDir, as_json: Json = False) -> None:
 
 
 @map_app.command()
+def export(
+    folder: MapDir,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder for the files.")],
+    as_json: Json = False,
+) -> None:
+    """Write every closed module as an ONNX file that stands alone."""
+    with _reporting(as_json):
+        from mclnf_edge.inference.export import export_map
+
+        written = []
+        for path in export_map(folder, out):
+            written.append(str(path))
+            if not as_json:
+                typer.echo(str(path))
+        if as_json:
+            _print_json({"map": folder, "files": written})
+
+
+@map_app.command()
 def snapshot(
     folder: MapDir,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],

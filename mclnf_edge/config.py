@@ -52,7 +52,6 @@ class WireConfig(Section):
 
     bind: str = "tcp://127.0.0.1:7710"
     credit_bytes: int = setting(16 * MIB, 64 * 1024, 1 << 40)
-    commit_ms: float = setting(5.0, 0, 1000)
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,7 @@ class MapConfig(Section):
     inactivity_s: float = setting(20.0, above=0)
     frame_budget_bytes: int = setting(256 * MIB, MIB)
     journal_budget_bytes: int = setting(1024 * MIB, 8 * MIB)
+    onnx: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,10 @@ class ComputeConfig(Section):
 
 @dataclass(frozen=True)
 class RenderConfig(Section):
-    """What answers render requests."""
+    """What answers render requests; `engine` learning: what computes the field that learns."""
 
+    engine: Literal["auto", "learning", "onnx", "tensorrt"] = "auto"
+    precision: Literal["single", "half"] = "single"
     resident_mb: int = setting(512, 16)
     preview_px: int = setting(160, 16, 4096)
 
@@ -154,6 +156,7 @@ class WatchConfig(Section):
     hang_s: float = setting(60.0, above=0)
     checkpoint_s: float = setting(20.0, above=0)
     drain_s: float = setting(10.0, above=0)
+    log: Literal["text", "json"] = "text"
 
 
 @dataclass(frozen=True)

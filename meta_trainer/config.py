@@ -12,8 +12,9 @@ import yaml
 
 from mclnf_edge.errors import ConfigError
 from mclnf_edge.maths.adaptation import Rule, Stepping, Weighting
-from mclnf_edge.maths.fields import Siren
+from mclnf_edge.maths.fields import NerfMlp, Siren
 from meta_trainer.episodes import Cut
+from meta_trainer.ray_field import RayField
 
 Start = Literal["mol", "maml-cl", "oml", "mod", "mim"]
 Order = Literal["second", "first", "reptile"]
@@ -28,7 +29,9 @@ class TrainConfig:
     "first" (first-order MAML) or "reptile". `learned_rates`: "none", "meta-sgd" (one step size per
     parameter) or "per-step" (one per tensor and inner step, MAML++). `stepping` is how the inner
     loop moves; Adam's direction has no finite derivative where a gradient is zero, so that it goes
-    with the first-order meta-gradients only.
+    with the first-order meta-gradients only. `layers` counts a SIREN's linear layers, or the hidden
+    ones of the MLP of views; their pictures are `view_width` pixels across, a task holds `rays` of
+    them with `ray_samples` each.
     """
 
     dataset: str
@@ -56,12 +59,17 @@ class TrainConfig:
     damping: float = 0.1
     frames: int = 8
     seconds: float = 3.0
+    view_width: int = 480
+    rays: int = 32_768
+    ray_samples: int = 32
     seed: int = 0
     checkpoint_every: int = 50
 
     def __post_init__(self) -> None:
         """Range checks; raises ConfigError naming the value."""
         for name in ("width", "layers", "tasks", "inner_steps", "outer_steps", "episodes"):
+            _positive(name, getattr(self, name))
+        for name in ("view_width", "rays", "ray_samples"):
             _positive(name, getattr(self, name))
         for name in ("inner_rate", "outer_rate", "damping", "cap", "omega", "seconds"):
             _positive(name, getattr(self, name))
@@ -79,8 +87,12 @@ class TrainConfig:
         return Rule(self.weighting, self.stepping, lam=self.lam, cap=self.cap, damping=self.damping)
 
     def field(self, d_in: int, d_out: int) -> Siren:
-        """The network that is initialized."""
+        """The network of a picture, video or sound."""
         return Siren(d_in, d_out, self.width, self.layers, self.omega, self.first_omega or None)
+
+    def ray_field(self) -> RayField:
+        """The network of views, volume-rendered."""
+        return RayField(NerfMlp(self.width, self.layers, self.layers // 2), self.ray_samples)
 
 
 def load_config(path: Path) -> TrainConfig:

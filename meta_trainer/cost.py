@@ -46,14 +46,15 @@ def _measure(job: Job, setting: Setting, name: str, rate: float) -> dict[str, An
     begun = time.perf_counter()
     (end,) = method.learn(start, episode, [steps], how, torch.Generator().manual_seed(0))
     seconds = time.perf_counter() - begun
-    got = episode.rebuild(predict(how, method.modules, end, episode))
-    truth = episode.rebuild(episode.values)
+    seen = episode.measured
+    got = seen.rebuild(predict(how, method.modules, end, seen))
+    truth = seen.rebuild(seen.values)
     return {
         "steps": steps,
         "parameters": count(start) * max(1, method.modules),
         "memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "episodes_per_s": 1 / seconds,
-        "psnr": measure(got, truth, item.kind, episode.peak)["psnr"],
+        "psnr": measure(got, truth, item.kind, seen.peak, seen.mask)["psnr"],
         "seeds": 1,
         "n": 1,
     }

@@ -1,11 +1,12 @@
 """Signals of the paper's data sets, of the small stand-ins, and of plain folders.
 
-Pictures are (H, W, 3) float32 in 0..1, videos (F, H, W, 3), audio (L,) in -1..1 at 16 kHz. A data
-set yields `Item`s, which read their file when asked.
+Pictures are (H, W, 3) float32 in 0..1, videos (F, H, W, 3), audio (L,) in -1..1 at 16 kHz; views
+are captures, which `views` reads. A data set yields `Item`s, which read their file when asked.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,12 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from mclnf_edge.captures.capture import natural_key
+from mclnf_edge.captures.detect import is_capture
 from mclnf_edge.errors import CaptureError
 
 Split = Literal["train", "val", "test"]
-Kind = Literal["image", "audio", "video"]
+Kind = Literal["image", "audio", "video", "views"]
 Signal = npt.NDArray[np.float32]
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -30,12 +33,17 @@ SAMPLE_RATE_HZ = 16_000
 
 @dataclass(frozen=True)
 class Shape:
-    """What is cut from a file: picture side in pixels, padding, frames, audio samples."""
+    """What is cut from a file: picture side in pixels, padding, frames, audio samples.
+
+    Of a capture: `side` pixels across, `rays` per task, `held` views to measure (0: all).
+    """
 
     side: int = 160
     pad: int = 0
     frames: int = 8
     samples: int = 48_000
+    rays: int = 0
+    held: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class Item:
     shape: Shape
 
     def load(self) -> Signal:
-        """Read and cut the signal; CaptureError when the file is broken or too short."""
+        """Read and cut a picture, video or sound; CaptureError when it is broken or too short."""
         return LOADERS[self.kind](self.path, self.shape)
 
 
@@ -182,10 +190,22 @@ def _clips(folder: Path) -> list[Path]:
     return sorted([*_files(folder, CLIPS), *frames])
 
 
+def _captures(folder: Path) -> list[Path]:
+    """`folder` itself where it is a posed capture, else those below it; test parts belong to their
+    training parts."""
+    if not folder.is_dir() or folder.name.endswith("_test"):
+        return []
+    if is_capture(folder):
+        return [folder]
+    below = sorted(folder.iterdir(), key=lambda p: natural_key(p.name))
+    return [c for p in below for c in _captures(p)]
+
+
 FINDERS: dict[Kind, Callable[[Path], list[Path]]] = {
     "image": lambda folder: _files(folder, PICTURES),
     "audio": lambda folder: _files(folder, SOUNDS),
     "video": _clips,
+    "views": _captures,
 }
 LOADERS: dict[Kind, Callable[[Path, Shape], Signal]] = {
     "image": load_image,
@@ -227,6 +247,34 @@ def _free_pictures(base: Path, split: Split) -> list[Path]:
 def _views(capture: Path) -> list[Path]:
     """A capture's pictures."""
     return [p for p in _files(capture, PICTURES) if p.parent.name.startswith("images")]
+
+
+def _blocks(base: Path, split: Split) -> list[Path]:
+    """Captures: 70 % for meta-training, of which the last eighth chooses settings, 30 % for test.
+
+    In order of name, so that of `big_high_block_1..6` blocks 5 and 6 are the test; `city.json` of a
+    generated city names its own meta-test blocks. The same name twice counts once, and
+    `block_all`, which is the others together, not at all.
+    """
+    found = {p.name: p for p in reversed(_captures(base)) if p.name != "block_all"}
+    names = sorted(found, key=natural_key)
+    big = [n for n in names if n.startswith("big_high_block_")]
+    names = big or names
+    held = _own_test_blocks(base) or set(names[round(0.7 * len(names)) :])
+    known = [n for n in names if n not in held]
+    cut = max(1, len(known) - max(1, len(known) // 8))
+    chosen = {
+        "train": known[:cut],
+        "val": known[cut:] or known,
+        "test": sorted(held & found.keys()),
+    }
+    return [found[n] for n in chosen[split]]
+
+
+def _own_test_blocks(base: Path) -> set[str]:
+    file = base / "city.json"
+    facts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return set(facts.get("meta_test", ()))
 
 
 def _celeba(base: Path, split: Split) -> list[Path]:
@@ -318,6 +366,24 @@ DATASETS: dict[str, DataSet] = {
         _sample("speech1", "audio", _ONE, "speech", "librispeech1", _LIBRISPEECH),
         _sample("speech", "audio", _THREE, "speech", "librispeech3", _LIBRISPEECH),
         _sample("video", "video", _TALK, "video", "voxceleb2", _GRID),
+        DataSet(
+            "matrixcity", "views", Shape(480), _blocks, "matrixcity",
+            "Get MatrixCity from city-super.github.io/matrixcity and "
+            "unpack it to matrixcity/big_city/aerial/{train,test}/big_high_block_<n>[_test]/"
+            "{transforms.json,NNNN.png}, or matrixcity/pose/<block>/transforms_{train,test}.json "
+            "with the pictures these name; or make blocks with tools/make_city.py matrixcity.",
+            "matrixcity-b5", "MatrixCity, Li et al. 2023, terms of its authors",
+        ),
+        DataSet(
+            "drone", "views", Shape(480), _blocks, "drone",
+            "Stand-in: drone/<capture>/ in any layout of docs/captures.md; set MCLNF_DATA or "
+            "--root.", "matrixcity-b5", "see each capture's README",
+        ),
+        DataSet(
+            "flights", "views", Shape(480), _blocks, "flights",
+            "Make them: python tools/make_city.py flights --preset train.", "matrixcity-b5",
+            "generated by this project",
+        ),
         DataSet(
             "free-pictures", "image", _PHOTO, _free_pictures, "", _SAMPLE_HELP, "imagenette",
             "Kodak True Color Image Suite (unrestricted); boruszyn (CC BY 3.0); brighton (BSD-2)",

@@ -7,6 +7,7 @@ know where in the signal a module stands.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,8 +26,10 @@ Order = npt.NDArray[np.int64]
 class Episode:
     """One signal as T tasks that arrive one after the other.
 
-    `order` (T, N) numbers each sample by its place in the flattened signal of shape `shape`;
-    `offset` is what was subtracted from the values and `peak` their range, for PSNR.
+    `order` (T, N) numbers each sample by its place in the flattened signal of shape `shape`; the
+    number after the last place marks a sample that only fills a task up. `offset` is what was
+    subtracted from the values and `peak` their range, for PSNR. `held` is what quality is measured
+    on where that is not the samples that are learned: held-out views.
     """
 
     name: str
@@ -36,18 +39,44 @@ class Episode:
     shape: tuple[int, ...]
     offset: float
     peak: float
+    held: Episode | None = None
 
     @property
     def tasks(self) -> int:
         """T."""
         return len(self.coords)
 
+    @property
+    def measured(self) -> Episode:
+        """What quality is measured on."""
+        return self.held or self
+
+    @property
+    def mask(self) -> npt.NDArray[np.bool_]:
+        """Places of the signal, without channels, that some sample belongs to."""
+        known = torch.zeros(self._places + 1, dtype=torch.bool)
+        known[self.order.reshape(-1)] = True
+        return known[:-1].reshape(self.shape[: self._axes]).numpy()
+
+    def task_values(self, values: Tensor, task: int) -> Signal:
+        """One task's values (n, c) of (T, N, c), without what fills it up."""
+        return values[task][self.order[task] < self._places].cpu().numpy()
+
+    @property
+    def _axes(self) -> int:
+        """Axes of the signal besides that of its channels; a sound has none."""
+        return len(self.shape) - (self.values.shape[-1] > 1)
+
+    @property
+    def _places(self) -> int:
+        return math.prod(self.shape[: self._axes])
+
     def rebuild(self, predicted: Tensor) -> Signal:
         """(T, N, c) -> the signal as it was given, clipped to its range."""
-        flat = torch.empty_like(predicted.reshape(-1, predicted.shape[-1]))
-        flat[self.order.reshape(-1)] = predicted.reshape(flat.shape)
+        flat = predicted.new_zeros(self._places + 1, predicted.shape[-1])
+        flat[self.order.reshape(-1)] = predicted.reshape(-1, predicted.shape[-1])
         low = 0.0 if self.offset else -1.0
-        return (flat + self.offset).clamp(low, 1.0).reshape(self.shape).cpu().numpy()
+        return (flat[:-1] + self.offset).clamp(low, 1.0).reshape(self.shape).cpu().numpy()
 
 
 def grid(sizes: Sequence[int]) -> Tensor:

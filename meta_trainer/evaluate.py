@@ -12,6 +12,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from mclnf_edge.errors import ConfigError
@@ -21,7 +22,8 @@ from meta_trainer.data import SAMPLE_RATE_HZ, Kind
 from meta_trainer.episodes import Episode, Signal
 from meta_trainer.methods import Learning, Method, predict
 
-PERCEPTUAL: dict[Kind, str] = {"image": "ssim", "video": "ssim", "audio": "pesq"}
+Mask = npt.NDArray[np.bool_]
+PERCEPTUAL: dict[Kind, str] = {"image": "ssim", "video": "ssim", "audio": "pesq", "views": "ssim"}
 
 
 def run_signal(
@@ -41,21 +43,23 @@ def run_signal(
     `panels` the reconstructions are written there as "<mark>.png" beside "truth.png".
     """
     begun = time.monotonic()
-    truth = episode.rebuild(episode.values)
+    measured = episode.measured
+    truth = measured.rebuild(measured.values)
     quality = np.full((episode.tasks, episode.tasks), math.nan)
 
     def after_task(task: int, params: Params) -> None:
-        values = predict(how, method.modules, params, episode)
+        values = predict(how, method.modules, params, measured)
         for j in range(task + 1):
-            quality[task, j] = psnr(values[j].numpy(), episode.values[j].numpy(), peak=episode.peak)
+            got, true = measured.task_values(values, j), measured.task_values(measured.values, j)
+            quality[task, j] = psnr(got, true, peak=episode.peak)
 
     ends = method.learn(
         start, episode, marks, how, torch.Generator().manual_seed(seed), after_task=after_task
     )
     curve: dict[int, dict[str, float]] = {}
     for mark, params in zip(marks, ends, strict=True):
-        got = episode.rebuild(predict(how, method.modules, params, episode))
-        curve[mark] = measure(got, truth, kind, episode.peak)
+        got = measured.rebuild(predict(how, method.modules, params, measured))
+        curve[mark] = measure(got, truth, kind, episode.peak, measured.mask)
         if panels is not None and kind != "audio":
             write_panel(panels / f"{mark}.png", got)
     if panels is not None and kind != "audio":
@@ -69,8 +73,20 @@ def run_signal(
     }
 
 
-def measure(got: Signal, truth: Signal, kind: Kind, peak: float) -> dict[str, float]:
-    """PSNR and the modality's perceptual measure (SSIM: mean over frames; PESQ: wide band)."""
+def measure(
+    got: Signal, truth: Signal, kind: Kind, peak: float, mask: Mask | None = None
+) -> dict[str, float]:
+    """PSNR and the modality's perceptual measure (SSIM: mean over frames; PESQ: wide band).
+
+    Of views both are means over the pictures, where `mask` (V, H, W) is set.
+    """
+    if kind == "views":
+        assert mask is not None
+        each = list(zip(got, truth, mask, strict=True))
+        return {
+            "psnr": float(np.mean([psnr(a, b, m, peak) for a, b, m in each])),
+            "ssim": float(np.mean([ssim(a, b, m) for a, b, m in each])),
+        }
     values = {"psnr": psnr(got, truth, peak=peak)}
     if kind == "audio":
         values["pesq"] = pesq(got, truth) if has_pesq() else math.nan
@@ -131,8 +147,11 @@ def search_rate(
                 start, episode, [steps], replace(how, rates=rate),
                 torch.Generator().manual_seed(seed),
             )  # fmt: skip
-            got = episode.rebuild(predict(how, method.modules, end, episode))
-            found.append(psnr(got, episode.rebuild(episode.values), peak=episode.peak))
+            seen = episode.measured
+            got, true = (
+                seen.rebuild(v) for v in (predict(how, method.modules, end, seen), seen.values)
+            )
+            found.append(psnr(got, true, seen.mask, seen.peak))
         mean = float(np.mean(found))
         table[f"{rate:g}"] = mean if math.isfinite(mean) else -math.inf
     return max(rates, key=lambda r: table[f"{r:g}"]), table
@@ -150,7 +169,7 @@ def write_panel(path: Path, picture: Signal) -> None:
 def summary(curves: Sequence[Mapping[str, Mapping[str, float]]], metric: str) -> dict[str, Any]:
     """Mean over runs at each mark: `step1`, `best`, `best_step`, `last` and the whole `curve`."""
     marks = sorted({int(k) for c in curves for k in c})
-    means = {k: _mean([c[str(k)][metric] for c in curves]) for k in marks}
+    means = {k: mean_known([c[str(k)][metric] for c in curves]) for k in marks}
     best = max(marks, key=lambda k: means[k] if math.isfinite(means[k]) else -math.inf)
     return {
         "step1": means[marks[0]],
@@ -171,6 +190,7 @@ def bootstrap(values: Sequence[float], draws: int = 2000) -> tuple[float, float]
     return float(low), float(high)
 
 
-def _mean(values: Sequence[float]) -> float:
+def mean_known(values: Sequence[float]) -> float:
+    """Mean without NaN, which is NaN where nothing is known."""
     known = [v for v in values if not math.isnan(v)]
     return float(np.mean(known)) if known else math.nan

@@ -22,25 +22,38 @@ from tqdm import tqdm
 from mclnf_edge import __version__
 from mclnf_edge.errors import ConfigError
 from mclnf_edge.maths.adaptation import Weighting
-from mclnf_edge.maths.fields import Siren, count, plain_count
+from mclnf_edge.maths.fields import NerfMlp, Siren, count, plain_count
 from meta_trainer.cost import measure_cost
 from meta_trainer.data import DATASETS, open_items
 from meta_trainer.episodes import Cut
-from meta_trainer.evaluate import PERCEPTUAL, bootstrap, pesq_package, search_rate, summary
+from meta_trainer.evaluate import (
+    PERCEPTUAL,
+    bootstrap,
+    mean_known,
+    pesq_package,
+    search_rate,
+    summary,
+)
 from meta_trainer.methods import METHODS
 from meta_trainer.runs import (
     BUDGETS,
     Job,
     Setting,
+    ViewBudget,
+    budget_for,
     chosen_rate,
     load_episode,
     make_method,
     run_method,
     start_params,
 )
+from meta_trainer.views import BOUNDS
 
 STAND_INS = ("faces", "photos", "speech", "video")
 ORIGINALS = ("celeba", "imagenette", "ffhq", "librispeech1", "librispeech3", "voxceleb2")
+PAPER_BLOCKS = {"big_high_block_5": "matrixcity-b5", "big_high_block_6": "matrixcity-b6"}
+"""MatrixCity's meta-test blocks, most likely those the paper calls B5 and B6."""
+
 OURS = ("Ours (mod)", "Ours (MIM)")
 
 
@@ -64,25 +77,54 @@ def make_row(
     ]
     return {
         "method": name,
-        "dataset": setting.dataset,
+        "dataset": label(setting),
         "metric": metric,
         **row,
         "seeds": job.budget.seeds,
         "n": len(signals),
         "seed_std": float(np.std(per_seed)),
         "interval": bootstrap(per_signal),
-        "forgetting": float(np.mean([np.mean(r["forgetting"]) for r in records])),
-        "transfer": float(np.mean([np.mean(r["transfer"]) for r in records])),
+        "forgetting": mean_known([mean_known(r["forgetting"]) for r in records]),
+        "transfer": mean_known([mean_known(r["transfer"]) for r in records]),
         "rate": records[0]["rate"],
         "paper": paper,
         "panel": next((r["key"] for r in records if r["first"]), None),
+        **provenance(job),
+    }
+
+
+def label(setting: Setting) -> str:
+    """The data set as rows call it: MatrixCity's blocks 5 and 6 have the paper's names."""
+    name = Path(setting.folder or "").name
+    return (
+        PAPER_BLOCKS.get(name, "matrixcity")
+        if setting.dataset == "matrixcity"
+        else (setting.dataset)
+    )
+
+
+def paper_dataset(setting: Setting) -> str:
+    """The data set of the paper's tables whose figures stand beside ours."""
+    name = label(setting)
+    return name if name in PAPER_BLOCKS.values() else DATASETS[setting.dataset].paper
+
+
+def provenance(job: Job) -> dict[str, str]:
+    """What a reader of a row of views must know; nothing for the other modalities."""
+    budget = job.budget
+    if not isinstance(budget, ViewBudget):
+        return {}
+    held = f"{budget.held or 'all'} held-out views"
+    return {
+        "provenance": f"{held} of each block, {budget.view_width} pixels across, "
+        f"{budget.ray_samples} samples per ray; {BOUNDS}"
     }
 
 
 def compare(job: Job, settings: Sequence[Setting], table: str, metric: str) -> Iterator[Any]:
     """Rows of tables 1 to 3: every method on every data set."""
     for setting in settings:
-        like = DATASETS[setting.dataset].paper
+        like = paper_dataset(setting)
         own = PERCEPTUAL[DATASETS[setting.dataset].kind] if metric == "perceptual" else metric
         for name in METHODS:
             yield make_row(job, setting, name, own, paper_row(table, own, like, name))
@@ -116,15 +158,35 @@ def _plain(table: str, metric: str, cut: Cut = "strips") -> Callable[[Job, list[
 
 
 def _fits(setting: Setting, cut: Cut) -> bool:
-    return cut == "strips" or DATASETS[setting.dataset].kind != "audio"
+    return cut == "strips" or DATASETS[setting.dataset].kind in ("image", "video")
+
+
+def paper_curve(table: str, setting: Setting, key: str) -> dict[str, Any] | None:
+    """The paper's row of tables 4 and 5, which are for view synthesis only."""
+    if DATASETS[setting.dataset].kind != "views":
+        return None
+    printed = paper_tables()[table]
+    curve = dict(zip(printed["steps"], printed["rows"][key], strict=True))
+    best = max(curve, key=lambda step: curve[step])
+    ends = {"step1": curve[1], "best": curve[best], "best_step": best}
+    return {
+        **ends,
+        "last": list(curve.values())[-1],
+        "curve": {str(k): v for k, v in curve.items()},
+    }
 
 
 def table4(job: Job, settings: list[Setting]) -> Iterator[Any]:
-    """mod and MIM at one and two module widths; the paper's figures are for MatrixCity."""
+    """mod and MIM at one and two module widths; the paper's figures are for MatrixCity.
+
+    Its first row's step 1 and MIM's are those of B5 in Table 1.
+    """
     for setting in settings[:1]:
         for widen in (1, 2):
             for name in OURS:
-                row = make_row(job, replace(setting, widen=widen), name, "psnr", None)
+                key = name.replace(")", f"; {256 * widen})")
+                paper = paper_curve("table4", setting, key)
+                row = make_row(job, replace(setting, widen=widen), name, "psnr", paper)
                 yield {**row, "width": job.budget.width // 2 * widen}
 
 
@@ -133,7 +195,8 @@ def table5(job: Job, settings: list[Setting]) -> Iterator[Any]:
     for setting in settings[:1]:
         for tasks in (5, 10):
             for name in OURS:
-                row = make_row(job, replace(setting, tasks=tasks), name, "psnr", None)
+                paper = paper_curve("table5", setting, f"{name}; {tasks} tasks")
+                row = make_row(job, replace(setting, tasks=tasks), name, "psnr", paper)
                 yield {**row, "tasks": tasks}
 
 
@@ -211,6 +274,10 @@ def table7(job: Job, settings: list[Setting]) -> Iterator[Any]:
     for name, single in (("single SIREN", Siren(2, 3, 256)), ("module SIREN", Siren(2, 3, 128))):
         n = count(single.init(generator)) * (4 if name.startswith("module") else 1)
         yield {"method": name, "metric": "parameters", "parameters": n, "paper": None}
+    if any(DATASETS[s.dataset].kind == "views" for s in settings):
+        for name, networks, width in (("single ReLU MLP", 1, 512), ("module ReLU MLP", 4, 256)):
+            n = count(NerfMlp(width).init(generator)) * networks
+            yield {"method": name, "metric": "parameters", "parameters": n, "paper": None}
 
 
 TARGETS: dict[str, Callable[[Job, list[Setting]], Iterator[Any]]] = {
@@ -253,16 +320,15 @@ def reproduce(
         raise ConfigError(f"unknown budget {budget!r}; known: {', '.join(BUDGETS)}")
     if folder is not None and dataset is None:
         raise ConfigError("--data needs --dataset, which says how its files are cut and compared")
-    if dataset == "matrixcity":
-        raise ConfigError("view synthesis (matrixcity) is not part of reproduce yet")
     names = (dataset,) if dataset else ORIGINALS if budget == "paper" else STAND_INS
     if unknown := [n for n in names if n not in DATASETS]:
         raise ConfigError(f"unknown data set {unknown[0]!r}; known: {', '.join(DATASETS)}")
-    job = Job(BUDGETS[budget], root, out)
+    job = Job(budget_for(budget, names[0]), root, out)
     out.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
     where = str(folder.resolve()) if folder else None
-    rows = list(tqdm(TARGETS[target](job, [Setting(n, where) for n in names]), unit="row"))
+    settings = [s for n in names for s in _settings(n, where, root)]
+    rows = list(tqdm(TARGETS[target](job, settings), unit="row"))
     result = {
         "target": target,
         "budget": dataclasses.asdict(job.budget),
@@ -270,8 +336,18 @@ def reproduce(
         "machine": machine(),
         "wall_s": round(time.monotonic() - begun, 1),
     }
-    (out / f"{target}-{budget}.json").write_text(json.dumps(result, indent=1))
+    part = "-views" if isinstance(job.budget, ViewBudget) else ""
+    (out / f"{target}-{budget}{part}.json").write_text(json.dumps(result, indent=1))
     return result
+
+
+def _settings(dataset: str, folder: str | None, root: Path | None) -> list[Setting]:
+    """One setting, or one for each of MatrixCity's blocks 5 and 6, which the paper lists apart."""
+    if dataset == "matrixcity" and folder is None:
+        blocks = [i.path for i in open_items(dataset, "test", root) if i.path.name in PAPER_BLOCKS]
+        if blocks:
+            return [Setting(dataset, str(path.resolve())) for path in blocks]
+    return [Setting(dataset, folder)]
 
 
 def machine() -> dict[str, Any]:

@@ -17,15 +17,17 @@ from typing import Any
 import torch
 
 from mclnf_edge.maths.adaptation import Rule, Weighting
-from mclnf_edge.maths.fields import Params, Siren
+from mclnf_edge.maths.fields import NerfMlp, Params, Siren
 from meta_trainer.config import TrainConfig
 from meta_trainer.data import DATASETS, Item, open_folder, open_items
-from meta_trainer.episodes import CUTTERS, Cut, Episode
+from meta_trainer.episodes import Cut, Episode
 from meta_trainer.evaluate import (
     run_signal,
     search_rate,
 )
 from meta_trainer.methods import METHODS, Learning, Method
+from meta_trainer.ray_field import RayField, rows_of
+from meta_trainer.signals import cut_item
 from meta_trainer.trainer import load_init, train
 
 
@@ -48,6 +50,20 @@ class Budget:
     frames: int = 8
 
 
+@dataclass(frozen=True)
+class ViewBudget(Budget):
+    """The same for view synthesis. `batch` rays per task and step, `ray_samples` on each, `rays`
+    held per task; pictures `view_width` pixels across, `held` test views measured (0: all); an MLP
+    of `layers` hidden layers, steps of `inner_rate` in meta-training."""
+
+    view_width: int = 480
+    ray_samples: int = 64
+    rays: int = 2**18
+    held: int = 0
+    layers: int = 10
+    inner_rate: float = 3e-2
+
+
 def _doubling(last: int) -> tuple[int, ...]:
     return tuple(2**k for k in range(last.bit_length()))
 
@@ -61,6 +77,22 @@ BUDGETS = {
         Budget("paper", _doubling(4096), 3, 100, 0, 256, 500_000, 0, _RATES, 8, 256),
     )
 }  # fmt: skip
+_VIEW_RATES = (1e-2, 3e-2, 1e-1, 3e-1)
+VIEW_BUDGETS = {
+    b.name: b
+    for b in (
+        ViewBudget("smoke", (1, 2, 4), 1, 1, 8, 16, 2, 8, (1e-2,), 1, 2,
+                   view_width=32, ray_samples=4, rays=64, held=1),
+        ViewBudget("cpu", _doubling(512), 3, 2, 64, 64, 1500, 64, _VIEW_RATES, 1, 64,
+                   view_width=96, ray_samples=24, rays=2**15, held=2),
+        ViewBudget("paper", _doubling(1024), 3, 100, 256, 512, 500_000, 256, _VIEW_RATES, 2, 256),
+    )
+}  # fmt: skip
+
+
+def budget_for(name: str, dataset: str) -> Budget:
+    """The budget of this name for a data set's modality."""
+    return (VIEW_BUDGETS if DATASETS[dataset].kind == "views" else BUDGETS)[name]
 
 
 @dataclass(frozen=True)
@@ -87,19 +119,26 @@ class Job:
     root: Path | None
     out: Path
 
-    def field(self, setting: Setting, method: Method) -> Siren:
+    def field(self, setting: Setting, method: Method) -> Siren | RayField:
         """The paper's network: half the width for modules, so that four weigh as much as one."""
+        width = self.budget.width // 2 if method.modules else self.budget.width
+        width *= setting.widen
+        if isinstance(self.budget, ViewBudget):
+            layers = self.budget.layers
+            return RayField(NerfMlp(width, layers, layers // 2), self.budget.ray_samples)
         d_in, d_out = {"image": (2, 3), "video": (3, 3), "audio": (1, 1)}[
             DATASETS[setting.dataset].kind
         ]
-        width = self.budget.width // 2 if method.modules else self.budget.width
-        return Siren(d_in, d_out, width * setting.widen)
+        return Siren(d_in, d_out, width)
 
     def learning(self, setting: Setting, method: Method, rate: float = 1e-2) -> Learning:
         """The steps of the comparison: plain gradient steps, FIM weights for MIM only."""
         own: Weighting = "diagonal" if method.start == "mim" else "none"
         rule = Rule(setting.weighting or own, lam=setting.lam)
-        return Learning(self.field(setting, method), rate, rule, self.budget.batch)
+        field, batch = self.field(setting, method), self.budget.batch
+        if isinstance(field, RayField):
+            batch *= setting.widen  # the paper's Table 4 widens both
+        return Learning(field, rate, rule, batch, rows_of(field))
 
 
 def start_params(job: Job, setting: Setting, method: Method, seed: int) -> Params:
@@ -119,7 +158,7 @@ def start_config(job: Job, setting: Setting, method: Method) -> TrainConfig:
     """The meta-training behind a learned start; one per data set, cut, tasks and width."""
     field, budget = job.field(setting, method), job.budget
     name = f"{setting.dataset}-{method.start}-{setting.cut}-{setting.tasks}-{field.width}"
-    return TrainConfig(
+    config = TrainConfig(
         dataset=setting.dataset,
         start=method.start,  # type: ignore[arg-type]
         out=str(job.out / "starts" / budget.name / name),
@@ -131,6 +170,16 @@ def start_config(job: Job, setting: Setting, method: Method) -> TrainConfig:
         query=budget.meta_batch,
         frames=max(budget.frames, setting.tasks),
         weighting="diagonal" if method.start == "mim" else "none",
+    )
+    if not isinstance(budget, ViewBudget):
+        return config
+    return replace(
+        config,
+        layers=budget.layers,
+        inner_rate=budget.inner_rate,
+        view_width=budget.view_width,
+        rays=budget.rays,
+        ray_samples=budget.ray_samples,
     )
 
 
@@ -144,8 +193,10 @@ def make_method(name: str, setting: Setting) -> Method:
 
 def load_episode(item: Item, setting: Setting, budget: Budget) -> Episode:
     """A signal cut into this setting's tasks."""
-    item = replace(item, shape=replace(item.shape, frames=max(budget.frames, setting.tasks)))
-    return CUTTERS[item.kind](item.name, item.load(), setting.tasks, setting.cut)
+    shape = replace(item.shape, frames=max(budget.frames, setting.tasks))
+    if isinstance(budget, ViewBudget):
+        shape = replace(shape, side=budget.view_width, rays=budget.rays, held=budget.held)
+    return cut_item(replace(item, shape=shape), setting.tasks, setting.cut)
 
 
 def test_items(job: Job, setting: Setting) -> list[Item]:

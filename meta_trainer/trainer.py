@@ -28,10 +28,15 @@ from mclnf_edge.maths.adaptation import Rates
 from mclnf_edge.maths.fields import Field, Params, Siren
 from meta_trainer.config import TrainConfig, parse_config
 from meta_trainer.data import DATASETS, Item, open_folder, open_items
-from meta_trainer.episodes import CUTTERS, Episode
+from meta_trainer.episodes import Episode
 from meta_trainer.evaluate import run_signal, summary
 from meta_trainer.meta_gradient import MetaGradient, initial_rates, meta_gradient
 from meta_trainer.methods import METHODS, STARTS, Learning, Method
+from meta_trainer.ray_field import RayField, rows_of
+from meta_trainer.signals import cut_item
+
+VIEW_FORMAT = "mclnf-views-1"
+"""Of initializations for views, which serve the experiments only: no daemon reads them."""
 
 LOG_COLUMNS = ("step", "loss", "psnr", "seconds")
 
@@ -111,7 +116,7 @@ def train(config: TrainConfig, root: Path | None = None) -> Path:
     method = METHODS[STARTS[config.start]]
     if method.modules:
         method = dataclasses.replace(method, modules=config.tasks)  # type: ignore[type-var]
-    how = Learning(field, config.inner_rate, config.rule, config.batch)
+    how = Learning(field, config.inner_rate, config.rule, config.batch, rows_of(field))
     out = Path(config.out)
     checkpoint, log = out / "checkpoint.pt", out / "log.csv"
     run = load_checkpoint(checkpoint, config) if checkpoint.is_file() else start_run(config, field)
@@ -141,9 +146,10 @@ def train(config: TrainConfig, root: Path | None = None) -> Path:
     return out / "init.pt"
 
 
-def field_of(config: TrainConfig) -> Siren:
+def field_of(config: TrainConfig) -> Siren | RayField:
     """The network for the data set's modality."""
-    return config.field(*SHAPES[DATASETS[config.dataset].kind])
+    kind = DATASETS[config.dataset].kind
+    return config.ray_field() if kind == "views" else config.field(*SHAPES[kind])
 
 
 def choose(items: Sequence[Item], step: int, config: TrainConfig) -> list[int]:
@@ -160,9 +166,11 @@ def make_episode(
         if len(cache) >= 256:
             cache.pop(next(iter(cache)))
         item = items[number]
-        shape = dataclasses.replace(item.shape, frames=config.frames)
-        signal = dataclasses.replace(item, shape=shape).load()
-        cache[number] = CUTTERS[item.kind](item.name, signal, config.tasks, config.cut)
+        shape = dataclasses.replace(item.shape, frames=config.frames, rays=config.rays, held=1)
+        if item.kind == "views":
+            shape = dataclasses.replace(shape, side=config.view_width)
+        item = dataclasses.replace(item, shape=shape)
+        cache[number] = cut_item(item, config.tasks, config.cut)
     return cache[number]
 
 
@@ -175,21 +183,26 @@ def step_generator(seed: int, step: int, number: int) -> torch.Generator:
 def save_init(path: Path, run: Run, config: TrainConfig, signals: int) -> None:
     """Write the initialization: field, parameters, rates, window, configuration, data it saw."""
     data = DATASETS[config.dataset]
-    window = Window(
-        config.tasks, data.shape.side + 2 * data.shape.pad, config.frames, data.shape.samples
-    )
     meta = {
         "config": dataclasses.asdict(config),
         "step": run.step,
         "data": {"dataset": data.name, "signals": signals, "licence": data.licence},
     }
     params = {n: p.detach().clone() for n, p in run.params.items()}
-    rates = _rates_state(run.rates)
-    _write(path, signal_content(data.kind, field_of(config), params, rates, window, meta))
+    rates, field = _rates_state(run.rates), field_of(config)
+    if data.kind == "views" or isinstance(field, RayField):
+        _write(path, {"format": VIEW_FORMAT, "params": params, "rates": rates, **meta})
+        return
+    window = Window(
+        config.tasks, data.shape.side + 2 * data.shape.pad, config.frames, data.shape.samples
+    )
+    _write(path, signal_content(data.kind, field, params, rates, window, meta))
 
 
 def load_init(path: Path) -> dict[str, Any]:
     """`field`, `params`, `rates` and `config` of an initialization; InitError for anything else."""
+    if (views := _load_views(path)) is not None:
+        return views
     init = load_signal_init(path)
     return {
         "field": init.field,
@@ -197,6 +210,18 @@ def load_init(path: Path) -> dict[str, Any]:
         "rates": init.rates,
         "config": init.meta["config"],
     }
+
+
+def _load_views(path: Path) -> dict[str, Any] | None:
+    """An initialization for views; None for a file that is none."""
+    try:
+        held = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception:  # torch raises many kinds; `load_signal_init` names what is wrong
+        return None
+    if not isinstance(held, dict) or held.get("format") != VIEW_FORMAT:
+        return None
+    field = field_of(parse_config(held["config"]))
+    return {"field": field, **{k: held[k] for k in ("params", "rates", "config")}}
 
 
 def save_checkpoint(path: Path, run: Run, config: TrainConfig) -> None:
@@ -240,7 +265,7 @@ def evaluate_init(
     method = METHODS[STARTS[config.start]]
     if method.modules:
         method = dataclasses.replace(method, modules=config.tasks)  # type: ignore[type-var]
-    how = Learning(held["field"], held["rates"], config.rule, batch)
+    how = Learning(held["field"], held["rates"], config.rule, batch, rows_of(held["field"]))
     marks = [2**k for k in range(steps.bit_length())]
     cache: dict[int, Episode] = {}
     runs = [

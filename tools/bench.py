@@ -3,11 +3,13 @@
     python tools/bench.py [--parts fisher,ingest] [--data DIR] [--out FILE]
 
 fisher: a step on point samples with exact and factored Fisher weights against the plain step.
+views: the same for rays of the paper's radiance MLP, with the cross terms of a ray's samples.
 rays: the same for the compiled engine's step on rays.
 roofline: whole steps of the paper's networks against measured matrix product rate and bandwidth.
 ingest: frames acknowledged a second from four publishers, adaptation paused and running.
 start: seconds from `serve` to its ready line, first status and first acknowledgement.
 meta: meta-training episodes/s against a plain autograd loop with the same result.
+processes: meta-training episodes/s in two processes (torchrun) against one.
 
 Without `--parts` every part that the JSON does not hold yet is run; a named part is run again. Each
 part notes the machine's load. CPU seconds count where the machine is shared.
@@ -35,13 +37,15 @@ from tools.measure import ROOT, machine  # noqa: E402
 Row = dict[str, Any]
 PARTS: dict[str, Callable[[Path], Row]] = {
     "fisher": speed_torch.fisher,
+    "views": speed_torch.views,
     "rays": speed_steps.rays,
     "roofline": speed_steps.roofline,
     "ingest": speed_daemon.ingest,
     "start": speed_daemon.start,
     "meta": speed_steps.meta,
+    "processes": speed_steps.processes,
 }
-NEEDS_CAPTURE = ("fisher", "rays", "ingest", "start")
+NEEDS_CAPTURE = ("fisher", "views", "rays", "ingest", "start")
 
 
 def leaves(row: Row, prefix: str = "") -> Iterator[tuple[str, Any]]:

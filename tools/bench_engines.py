@@ -7,6 +7,7 @@ weigh, back, update. `plain` is what PyTorch does with the field as it is writte
 (`maths.radiance`): the gate over every module, one backward pass into whole planes, Adam on all of
 them; without the ray weights. They take turns, `--steps` steps each round, so that other load on
 the machine meets all of them. PyTorch runs eagerly, with one thread and as many as the kernels.
+Pictures are made by these and by ONNX Runtime, in single and half precision.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,9 +28,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mclnf_edge.config import FieldConfig, RenderConfig  # noqa: E402
 from mclnf_edge.engine.field import B1, B2, B3, CHANNELS, HIDDEN, INPUTS, W2, W3  # noqa: E402
+from mclnf_edge.engine.picture import Painted, Shot  # noqa: E402
 from mclnf_edge.engine.torch_field import PlaneNetwork  # noqa: E402
 from mclnf_edge.engine.torch_volume import Course, place  # noqa: E402
+from mclnf_edge.inference.onnx_painter import OnnxPainter  # noqa: E402
 from mclnf_edge.inference.renderer import Renderer  # noqa: E402
 from mclnf_edge.mapping.device import share  # noqa: E402
 from mclnf_edge.mapping.initialization import load_init  # noqa: E402
@@ -44,7 +49,8 @@ from mclnf_edge.mapping.optimizer import (  # noqa: E402
 from mclnf_edge.mapping.rays import Rays  # noqa: E402
 from mclnf_edge.mapping.torch_engine import TorchEngine  # noqa: E402
 from mclnf_edge.maths import radiance  # noqa: E402
-from mclnf_edge.types import View  # noqa: E402
+from mclnf_edge.maths.metrics import psnr  # noqa: E402
+from mclnf_edge.types import Render, View  # noqa: E402
 from meta_trainer.city_init import Episode  # noqa: E402
 from tools.measure import ROOT, save  # noqa: E402
 
@@ -53,6 +59,7 @@ GOAL = 4.0
 
 WIDTH = 480
 F32 = npt.NDArray[np.float32]
+Paint = Callable[[ModulePool, Shot, int], Painted]
 Seconds = tuple[float, float]
 """Wall and CPU seconds, the latter of all threads."""
 
@@ -143,15 +150,15 @@ class Plain(TorchEngine):
         return Fit(residual, residual, rays.truth + residual, weights, float((residual**2).mean()))
 
 
-def picture(episode: Episode, turn: Turn) -> Seconds:
-    """A render of the first test view at WIDTH."""
-    torch.set_num_threads(turn.threads)
+def picture(episode: Episode, paint: Paint, threads: int) -> tuple[Seconds, Render]:
+    """A render of the first test view at WIDTH, and what it took."""
+    torch.set_num_threads(threads)
     frame, mapper = episode.test[0], episode.mapper
     height = round(WIDTH * frame.camera.height / frame.camera.width)
     view = View(frame.camera.scaled(WIDTH, height), frame.T_world_camera)
     start = clock()
-    Renderer(turn.engine.paint).render(mapper.pool, mapper.origins[0], view, episode.gain(frame))
-    return since(start)
+    made = Renderer(paint).render(mapper.pool, mapper.origins[0], view, episode.gain(frame))
+    return since(start), made
 
 
 def rates(episode: Episode, found: list[Seconds], n: int) -> dict[str, Any]:
@@ -168,21 +175,34 @@ def rates(episode: Episode, found: list[Seconds], n: int) -> dict[str, Any]:
 
 
 def compare(episode: Episode, turns: dict[str, Turn], rounds: int, n: int) -> dict[str, Any]:
-    """What each engine takes for steps and pictures, in turns."""
+    """What each engine takes for steps, in turns."""
     stepped: dict[str, list[Seconds]] = {name: [] for name in turns}
-    painted: dict[str, list[Seconds]] = {name: [] for name in turns if name != "plain"}
     for turn in turns.values():  # compilers, caches
         steps(episode, turn, 2)
     for _ in range(rounds):
         for name, turn in turns.items():
             stepped[name].append(steps(episode, turn, n))
-    for _ in range(2):
-        for name in painted:
-            painted[name].append(picture(episode, turns[name]))
-    rows = {name: rates(episode, found, n) for name, found in stepped.items()}
+    return {name: rates(episode, found, n) for name, found in stepped.items()}
+
+
+def pictures(
+    episode: Episode, paints: dict[str, tuple[Paint, int]], rounds: int
+) -> dict[str, dict[str, float | None]]:
+    """What each engine takes for a picture of the same map, in turns, and how much they differ."""
+    painted: dict[str, list[Seconds]] = {name: [] for name in paints}
+    shown: dict[str, Render] = {}
+    for _ in range(rounds + 1):
+        for name, (paint, threads) in paints.items():
+            seconds, shown[name] = picture(episode, paint, threads)
+            painted[name].append(seconds)
+    rows: dict[str, dict[str, float | None]] = {}
     for name, times in painted.items():
-        wall, cpu = (round(float(v) * 1e3, 1) for v in times[-1])
-        rows[name] |= {"picture_wall_ms": wall, "picture_cpu_ms": cpu}
+        wall, cpu = (np.median(part) for part in zip(*times[1:], strict=True))  # one compiles
+        alike = psnr(shown[name].rgb, shown["torch"].rgb)
+        rows[name] = {
+            "wall_ms": round(float(wall) * 1e3, 1), "cpu_ms": round(float(cpu) * 1e3, 1),
+            "psnr_to_torch": round(alike, 1) if np.isfinite(alike) else None,
+        }  # fmt: skip
     return rows
 
 
@@ -212,6 +232,15 @@ def main() -> None:
         "plain": Turn(Plain(adapt, PlaneNetwork(), "cpu")),
     }
     rows = compare(episode, turns, args.rounds, args.steps)
+    half = RenderConfig(precision="half")
+    onnx = {
+        "onnx": OnnxPainter(FieldConfig(), ours, args.threads),
+        "onnx, half": OnnxPainter(FieldConfig(), ours, args.threads, half),
+    }
+    paints: dict[str, tuple[Paint, int]] = {
+        name: (turn.engine.paint, turn.threads) for name, turn in turns.items() if name != "plain"
+    }
+    paints |= {name: (painter.paint, args.threads) for name, painter in onnx.items()}
     per = "samples_per_s" if args.device == "cuda" else "samples_per_cpu_s"
     ratios = {name: round(rows["numba"][per] / row[per], 2) for name, row in rows.items()}
     results = {
@@ -220,12 +249,15 @@ def main() -> None:
         "modules": len(episode.mapper.modules), "rays_per_step": adapt.rays_per_step,
         "samples_per_ray": SAMPLES, "steps_a_round": args.steps, "rounds": args.rounds,
         "picture_width": WIDTH, "rows": rows, "goal_ratio": GOAL,
+        "pictures": pictures(episode, paints, 3),
         "numba_over": ratios, "ratio_of": per,
     }  # fmt: skip
     save(args.out, results)
     for name, row in rows.items():
         print(f"{name}: {row['samples_per_s']} samples/s, {row['samples_per_cpu_s']} a CPU second, "
               f"numba over it {ratios[name]}")  # fmt: skip
+    for name, row in results["pictures"].items():
+        print(f"picture by {name}: {row['wall_ms']} ms, {row['cpu_ms']} ms of the CPU")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ Afterwards the final map's depth says which sent frames had seen a held-out pixe
 * `end`: all held-out pixels `--after` seconds after the last frame, or when all is closed.
 
 `--budgets 1,4` flies again with 4 times the budget, to its end, and pairs the views: the default
-budget's value should lie within 0.3 dB of it. Finished flights are not flown again.
+budget's value should lie within 0.3 dB of it. `--rate 100` sends everything at once; `--frames N`
+only the first N, whose end is what a flight's first frames alone can tell. Finished flights are not
+flown again.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ from tools.bench_unknown import points  # noqa: E402
 RGB = npt.NDArray[np.uint8]
 Bools = npt.NDArray[np.bool_]
 
+KEY = ("capture", "budget", "seed", "rate_hz", "first_frames")
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
 SMALL_PX = 160
 USEFUL_DB = 3.0
@@ -137,7 +140,8 @@ class Flyer:
         self.every_s *= 4
         while self.now()[0] < until_s:
             status = self.client.status()
-            if not daemons.open_modules(status) and not daemons.lag(status):
+            done = status["modules"] and not daemons.open_modules(status)
+            if done and not daemons.lag(status):
                 return "closed"
             self.watch(min(self.now()[0] + 1.0, until_s))
         return "time"
@@ -151,7 +155,7 @@ class Flyer:
 def fly(path: Path, budget: float, options: argparse.Namespace) -> dict[str, Any]:
     """One capture flown with `budget` times the default budget; its row."""
     capture = open_capture(path)
-    train, default = list(daemons.published(capture)), AdaptConfig()
+    train, default = list(daemons.published(capture))[: options.frames], AdaptConfig()
     adapt = {
         "passes": default.passes * budget,
         "budget_s_per_frame": default.budget_s_per_frame * budget,
@@ -168,9 +172,14 @@ def fly(path: Path, budget: float, options: argparse.Namespace) -> dict[str, Any
         row = {"after_last_frame_s": flyer.now()[0] - last, "ended_by": ended} | at_end(flyer)
         if budget == 1:
             row |= during(flyer, train)
-    row |= {"sent": len(train), "rate_hz": options.rate, "every_s": options.every, "adapt": adapt}
-    key = {"capture": capture.name, "budget": budget, "seed": options.seed}
-    return key | row | {"map_problems": running.problems}
+    row |= {"sent": len(train), "every_s": options.every, "adapt": adapt}
+    return key_of(capture.name, budget, options) | row | {"map_problems": running.problems}
+
+
+def key_of(name: str, budget: float, options: argparse.Namespace) -> dict[str, Any]:
+    """What tells a row from the others."""
+    told = {"capture": name, "budget": budget, "seed": options.seed}
+    return told | {"rate_hz": options.rate, "first_frames": options.frames}
 
 
 def at_end(flyer: Flyer) -> dict[str, Any]:
@@ -326,7 +335,7 @@ def against_more(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     out = {}
     for row in (row for row in rows if row["budget"] != 1):
         for base in rows:
-            if (base["capture"], base["seed"], base["budget"]) == (row["capture"], row["seed"], 1):
+            if all(base[k] == (1 if k == "budget" else row[k]) for k in KEY):
                 found = measure.pair(_views(base), _views(row))
                 found["met"] = found["difference_db"] >= GOAL_DB
                 out[f"{row['capture']}, budget 1 against {row['budget']:g}"] = found
@@ -339,7 +348,8 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for i, row in enumerate(row for row in rows if row["budget"] == 1):
+    slow = [r for r in rows if r["budget"] == 1 and r["rate_hz"] <= 1 and not r["first_frames"]]
+    for i, row in enumerate(slow):
         share = [100 * q["sent"] / row["sent"] for q in row["quarters"]]
         name, colour = row["capture"], f"C{i}"
         left.plot(share, _series(row, "psnr_seen"), "o-", color=colour, label=name)
@@ -366,6 +376,7 @@ def main() -> None:
     parser.add_argument("captures", nargs="*", default=list(measure.CAPTURES))
     parser.add_argument("--data", type=Path, default=data, help="folder of the captures")
     parser.add_argument("--rate", type=float, default=0.5, help="frames per second")
+    parser.add_argument("--frames", type=int, help="only the first so many")
     parser.add_argument("--every", type=float, default=3.0, help="seconds between small renders")
     parser.add_argument("--after", type=float, default=200.0, help="seconds after the last frame")
     parser.add_argument("--budgets", default="1", help="times the default budget, e.g. 1,4")
@@ -376,7 +387,7 @@ def main() -> None:
     for name in options.captures:
         path = Path(name) if Path(name).is_dir() else options.data / name
         for budget in map(float, options.budgets.split(",")):
-            if measure.find(results, capture=path.name, budget=budget, seed=options.seed):
+            if measure.find(results, **key_of(path.name, budget, options)):
                 continue
             load = measure.machine()
             results["rows"].append(fly(path, budget, options) | {"machine": load})

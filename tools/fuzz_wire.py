@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))  # the examples live with the tests
 
 from mclnf_edge.errors import ProtocolError  # noqa: E402
 from mclnf_edge.wire.codec import decode, encode, error_reply  # noqa: E402
+from mclnf_edge.wire.messages import StatusReply, StatusRequest  # noqa: E402
 from tests.wire.echo import EchoDaemon  # noqa: E402
 from tests.wire.examples import EXAMPLES  # noqa: E402
 
@@ -40,6 +41,8 @@ CHUNK = 10_000
 """Messages between two savings of the result file."""
 PATIENCE_MS = 5_000
 """How long an honest client may wait for its answer."""
+ASKED = 2**40
+"""Ids of the fuzzer's own questions, which no malformed message has."""
 
 SEEDS = [encode(message) for message in EXAMPLES.values()]
 ODD: list[Any] = [
@@ -174,7 +177,11 @@ def fuzz_decoder(first: int, count: int, outcomes: Counter[str]) -> list[dict[st
 
 
 def fuzz_socket(first: int, count: int, outcomes: Counter[str]) -> list[dict[str, Any]]:
-    """Send malformed messages to a real endpoint, every 50th time ask it for its status."""
+    """Send malformed messages to a real endpoint and count every reply.
+
+    Every 10th time the same connection is asked for the status, so that no reply is left unread or
+    uncounted; every 50th time an honest client asks too.
+    """
     context = zmq.Context[zmq.Socket[bytes]]()
     with EchoDaemon() as daemon, context, context.socket(zmq.DEALER) as socket:
         socket.linger = 0
@@ -183,19 +190,29 @@ def fuzz_socket(first: int, count: int, outcomes: Counter[str]) -> list[dict[str
             honest.linger = 0
             honest.connect(daemon.address)
             for number in range(first, first + count):
-                parts = malformed(number) or [b""]
-                socket.send_multipart(parts)
-                while socket.poll(0):
-                    reply = decode(socket.recv_multipart())
-                    outcomes[getattr(reply, "code", reply.tag)] += 1
+                socket.send_multipart(malformed(number) or [b""])
+                last = number == first + count - 1
+                if (number % 10 == 9 or last) and not _ask(socket, number, outcomes):
+                    return [{"number": number, "error": "the connection is answered no more"}]
                 if number % 50 == 49:
-                    honest.send_multipart(encode(EXAMPLES["status"]))
-                    if not honest.poll(PATIENCE_MS):
+                    if not _ask(honest, number, Counter()):
                         return [{"number": number, "error": "an honest client was not answered"}]
-                    honest.recv_multipart()
                     outcomes["honest answered"] += 1
         outcomes["too many parts"] += daemon.endpoint.dropped["parts"]
+        outcomes["unread"] += daemon.endpoint.dropped["unread"]
     return []
+
+
+def _ask(socket: zmq.Socket[bytes], number: int, outcomes: Counter[str]) -> bool:
+    """Ask for the status, count the replies that come before it; False when it does not come."""
+    question = StatusRequest(id=ASKED + number)
+    socket.send_multipart(encode(question))
+    while socket.poll(PATIENCE_MS):
+        reply = decode(socket.recv_multipart())
+        if reply.tag == StatusReply.tag and reply.id == question.id:
+            return True
+        outcomes[getattr(reply, "code", reply.tag)] += 1
+    return False
 
 
 def resident_mb() -> float:

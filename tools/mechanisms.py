@@ -38,6 +38,7 @@ COMPUTE = "a broken compute thread ends the process with 1"
 RESIDENT = "modules in memory stay within `render.resident_mb`, whatever the map holds"
 ROOM = "learning goes on with fewer rays, or stops while frames are still taken"
 STRANGERS = "strangers get nothing"
+FLOOD = "a flood of frames does not hold up views"
 MALFORMED = "malformed messages harm nobody"
 
 BY_HAND = ("memory stays flat",)
@@ -52,6 +53,7 @@ _MAP = "tests/store/test_map_store.py::"
 _MIRROR = "tests/daemon/test_mirror.py::"
 _CLIENT = "tests/test_client.py::"
 _KEYS = "tests/daemon/test_security.py::"
+_HWM_SAYS = '"""Messages of one connection that wait inside ZeroMQ before TCP pushes back."""\n\n'
 
 MECHANISMS = (
     Mechanism(
@@ -188,7 +190,7 @@ MECHANISMS = (
     ),
     Mechanism(
         DAMAGED, "the daemon does not survive a damaged module", "mclnf_edge/daemon/worker.py",
-        "            self.store.quarantine(record.id, record.version)\n", "            raise\n",
+        "            self._replace(mapper, module, error)\n", "            raise\n",
         (_SERVE + "test_a_damaged_module_is_quarantined_and_the_rest_is_served",),
     ),
     Mechanism(
@@ -210,7 +212,8 @@ MECHANISMS = (
     Mechanism(
         MODEST, "all that one connection sends is taken in, and in one round",
         "mclnf_edge/daemon/sockets.py",
-        "RECEIVE_HWM = 16\n", "RECEIVE_HWM = 100_000\n",
+        "RECEIVE_HWM = 16\n" + _HWM_SAYS + "ROUND = 8\n",
+        "RECEIVE_HWM = 100_000\n" + _HWM_SAYS + "ROUND = 100_000\n",
         (_FAULTS + "test_four_flooding_streams_do_not_starve_a_modest_one",),
     ),
     Mechanism(
@@ -219,11 +222,19 @@ MECHANISMS = (
         (_CLIENT + "test_unanswered_bytes_stay_within_the_credit",),
     ),
     Mechanism(
+        FLOOD, "pictures are checked while a view is made", "mclnf_edge/daemon/service.py",
+        "                    self._give_way()\n", "                    pass\n",
+        (_FAULTS + "test_a_flood_is_held_back_while_a_view_is_made",),
+    ),
+    Mechanism(
         LINK, "frames of a broken connection are not sent over the next",
         "mclnf_edge/wire/window.py",
         "            entry.due, entry.held = 0.0, False\n",
         '            entry.due, entry.held = float("inf"), False\n',
-        (_FAULTS + "test_a_bad_network_loses_and_doubles_nothing",),
+        (
+            _CLIENT + "test_publishing_survives_cuts",
+            _FAULTS + "test_a_bad_network_loses_and_doubles_nothing",
+        ),
     ),
     Mechanism(
         LINK, "a spooled record is forgotten when it is sent", "mclnf_edge/outbox.py",

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from mclnf_edge.mapping.initialization import load_init, load_signal_init
@@ -20,12 +25,15 @@ from meta_trainer.episodes import Episode, grid, image_episode
 from meta_trainer.meta_gradient import meta_gradient
 from meta_trainer.methods.base import Batch, Learning, pick
 from meta_trainer.methods.modular import Modular, stages
+from tools.measure import ROOT
 from tools.speed_torch import Timed, adapting, compare, interleaved, spread
 
 Row = dict[str, Any]
 POINTS = 4096
 INNER_STEPS, BATCH, QUERY, RATE = 2, 256, 512, 0.01
 """As the shipped picture initialization was trained."""
+
+_EPISODES, _SHORT_AND_LONG = 4, (2, 22)  # a step's, and the steps of two runs
 
 
 # -- rays ---------------------------------------------------------------------------------------
@@ -190,6 +198,40 @@ def meta(data: Path) -> Row:
         "relative_difference": different, "inner_steps": INNER_STEPS, "batch": BATCH,
         "query": QUERY, "modules": 4, **rows, "load": round(os.getloadavg()[0], 2),
     }  # fmt: skip
+
+
+def processes(data: Path) -> Row:
+    """Episodes a wall second of `meta_trainer train` in one process and under torchrun in two.
+
+    One thread each; the difference of a long and a short run leaves out what starting takes.
+    """
+    rates = {str(n): spread([_episodes_a_second(data, n) for _ in range(3)]) for n in (1, 2)}
+    return {
+        "episodes_a_step": _EPISODES, "quartiles": [25, 50, 75], "episodes_a_wall_s": rates,
+        "speed_up": round(rates["2"][1] / rates["1"][1], 2),
+        "load": round(os.getloadavg()[0], 2),
+    }  # fmt: skip
+
+
+def _episodes_a_second(data: Path, count: int) -> float:
+    spent = []
+    for steps in _SHORT_AND_LONG:
+        with tempfile.TemporaryDirectory() as folder:
+            settings = yaml.safe_load((ROOT / "configs/meta/faces-mim.yaml").read_text())
+            settings |= {"out": folder, "outer_steps": steps, "episodes": _EPISODES}
+            config = Path(folder) / "faces-mim.yaml"
+            config.write_text(yaml.safe_dump(settings))
+            words = ["-m", "torch.distributed.run", "--nproc-per-node", str(count), "--standalone"]
+            words += ["-m", "meta_trainer", "train", "--config", str(config)]
+            words += ["--root", str(data.resolve())]
+            start = time.perf_counter()
+            subprocess.run(
+                [sys.executable, *words], cwd=ROOT, check=True, capture_output=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+            spent.append(time.perf_counter() - start)
+    short, long = _SHORT_AND_LONG
+    return _EPISODES * (long - short) / (spent[1] - spent[0])
 
 
 def plain_gradient(field: Field, start: Params, episode: Episode, rule: Rule) -> Params:

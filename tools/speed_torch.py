@@ -1,4 +1,4 @@
-"""What `tools/bench.py` measures of point samples, and how it times things side by side."""
+"""What `tools/bench.py` measures of Fisher weights in PyTorch, and how things are timed."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from mclnf_edge.captures import open_capture
 from mclnf_edge.images import decode_image
 from mclnf_edge.mapping.initialization import load_signal_init
 from mclnf_edge.maths.adaptation import Rule, State, inner_step
-from mclnf_edge.maths.fields import Field, Params
+from mclnf_edge.maths.fields import Field, NerfMlp, Params
 from mclnf_edge.sounds import read_sound
-from meta_trainer.episodes import Episode, audio_episode, image_episode
+from meta_trainer.data import load_video, open_items
+from meta_trainer.episodes import Episode, audio_episode, image_episode, video_episode
 from meta_trainer.methods.base import Batch, pick
+from meta_trainer.ray_field import RayField, rows_of
+from meta_trainer.views import view_episode
 
 Row = dict[str, Any]
 Timed = dict[str, list[tuple[float, float]]]
@@ -26,6 +29,13 @@ Timed = dict[str, list[tuple[float, float]]]
 SAMPLES = 512
 ROUNDS = 30
 STEPS_A_ROUND = 10
+STEPS = 256
+RAYS, RAY_SAMPLES = 64, 24
+RULES = {
+    "plain": Rule("none", "adam"),
+    "exact": Rule("diagonal", "adam"),
+    "factored": Rule("factored", "adam"),
+}
 
 
 def interleaved(runs: Mapping[str, Callable[[], None]], rounds: int) -> Timed:
@@ -63,21 +73,24 @@ def compare(timed: Timed, base: str, per: int) -> Row:
 
 
 def signal(modality: str, data: Path) -> Episode:
-    """A signal as the module's tasks: the first picture of a capture, the first recording."""
+    """A signal as the module's tasks: a capture's first picture, the first clip or recording."""
     if modality == "image":
         frame = open_capture(data / "drone" / "brighton").frame(0)
         rgb = decode_image(frame.image, frame.encoding, frame.camera)
         return image_episode("brighton", rgb.astype(np.float32) / 255)
+    if modality == "video":
+        clip = open_items("video", "train", data)[0]
+        return video_episode(clip.name, load_video(clip.path, clip.shape))
     path = min((data / "speech").rglob("*.wav"))
     return audio_episode(path.stem, read_sound(path)[0].reshape(-1)[:48000])
 
 
 def fisher(data: Path) -> Row:
-    """Step time plain, exact and factored, and how well factored weights rank samples."""
+    """Step time plain, exact and factored, how well factored weights rank samples, and PSNR."""
     torch.set_num_threads(1)  # as the daemon sets it for signals
     return {
         "goal_ratio": 1.1, "samples": SAMPLES, "quartiles": [25, 50, 75],
-        "image": points("image", data), "audio": points("audio", data),
+        **{modality: points(modality, data) for modality in ("image", "video", "audio")},
         "load": round(os.getloadavg()[0], 2),
     }  # fmt: skip
 
@@ -89,14 +102,59 @@ def points(modality: str, data: Path) -> Row:
     batches = [
         pick(episode.coords[0], episode.values[0], SAMPLES, generator) for _ in range(STEPS_A_ROUND)
     ]
-    rules = {
-        "plain": Rule("none", "adam"),
-        "exact": Rule("diagonal", "adam"),
-        "factored": Rule("factored", "adam"),
-    }
-    runs = {n: adapting(init.field, init.params, batches, rule) for n, rule in rules.items()}
+    runs = {n: adapting(init.field, init.params, batches, rule) for n, rule in RULES.items()}
     rows = compare(interleaved(runs, ROUNDS), "plain", STEPS_A_ROUND)
-    return rows | {"spearman": rankings(init.field, init.params, batches)}
+    return rows | {
+        "spearman": rankings(init.field, init.params, batches),
+        "psnr": quality(init.field, init.params, episode),
+    }
+
+
+def views(data: Path) -> Row:
+    """The same for rays through the paper's radiance MLP, whose samples sum before squaring.
+
+    Factored is by Gram matrices, with the cross terms of a ray's samples; from a random start.
+    """
+    torch.set_num_threads(1)
+    field = RayField(NerfMlp(256, 10), RAY_SAMPLES)
+    start = field.init(torch.Generator().manual_seed(0))
+    episode = view_episode(data / "drone" / "brighton", 96, 4096, 1, 4)
+    generator = torch.Generator().manual_seed(0)
+    batches = [pick(episode.coords[0], episode.values[0], RAYS, generator) for _ in range(2)]
+    runs = {n: adapting(field, start, batches, rule) for n, rule in RULES.items()}
+    return {
+        "goal_ratio": 1.35, "rays": RAYS, "samples_a_ray": RAY_SAMPLES, "quartiles": [25, 50, 75],
+        **compare(interleaved(runs, 8), "plain", 2),
+        "spearman": rankings(field, start, batches), "load": round(os.getloadavg()[0], 2),
+    }  # fmt: skip
+
+
+def quality(field: Field, start: Params, episode: Episode) -> Row:
+    """PSNR of the first task after `STEPS` steps, and after the CPU seconds of the plain ones."""
+    rows: Row = {"steps": STEPS}
+    limit = float("inf")
+    for name, rule in RULES.items():
+        params, state, spent = start, State(), 0.0
+        generator = torch.Generator().manual_seed(1)
+        rows[name] = {}
+        for _ in range(STEPS):
+            batch = pick(episode.coords[0], episode.values[0], SAMPLES, generator)
+            before = time.process_time()
+            params, state, _ = inner_step(field, params, state, batch, 3e-4, rule)
+            spent += time.process_time() - before
+            if spent >= limit and "equal_seconds" not in rows[name]:
+                rows[name]["equal_seconds"] = shown(field, params, episode)
+        rows[name]["equal_steps"] = shown(field, params, episode)
+        rows[name].setdefault("equal_seconds", rows[name]["equal_steps"])
+        limit = min(limit, spent)  # the plain rule comes first
+    return rows
+
+
+def shown(field: Field, params: Params, episode: Episode) -> float:
+    """PSNR of the first task in dB."""
+    with torch.no_grad():
+        error = field(params, episode.coords[0]) - episode.values[0]
+    return round(float(10 * torch.log10(episode.peak**2 / error.square().mean())), 2)
 
 
 def adapting(
@@ -109,7 +167,7 @@ def adapting(
         nonlocal held
         now, state = held
         for batch in batches:
-            now, state, _ = inner_step(field, now, state, batch, 3e-4, rule)
+            now, state, _ = inner_step(field, now, state, batch, 3e-4, rule, rows=rows_of(field))
         held = now, state
 
     return run
@@ -120,8 +178,9 @@ def rankings(field: Field, params: Params, batches: Sequence[Batch]) -> list[flo
     found, state, rule = [], State(), Rule("diagonal", "adam")
     for batch in [*batches] * 3:
         before = params
-        params, state, exact = inner_step(field, params, state, batch, 3e-4, rule)
-        cheap = inner_step(field, before, State(), batch, 0.0, Rule("factored"))[2]
+        rows = rows_of(field)
+        params, state, exact = inner_step(field, params, state, batch, 3e-4, rule, rows=rows)
+        cheap = inner_step(field, before, State(), batch, 0.0, Rule("factored"), rows=rows)[2]
         ranks = [w.argsort().argsort().double() for w in (exact.weights, cheap.weights)]
         found.append(float(torch.corrcoef(torch.stack(ranks))[0, 1]))
     return spread(found)

@@ -25,13 +25,15 @@ import numpy as np
 
 import mclnf_edge
 from mclnf_edge.config import ComputeConfig, ServeConfig
+from mclnf_edge.daemon import logs
 from mclnf_edge.daemon.leader import chunk, committed
 from mclnf_edge.daemon.security import Keyring, check_role
-from mclnf_edge.daemon.sockets import Endpoint, Incoming
-from mclnf_edge.daemon.start import keep, open_kept
+from mclnf_edge.daemon.sockets import ROUND, Endpoint, Incoming
+from mclnf_edge.daemon.start import open_cached
 from mclnf_edge.daemon.worker import RenderJob, Worker, pack_frame
 from mclnf_edge.errors import (
     ConfigError,
+    DeviceError,
     DiskFull,
     FrameRejected,
     MclnfError,
@@ -57,6 +59,7 @@ from mclnf_edge.wire.messages import (
     Closed,
     CloseTask,
     Drain,
+    ErrorReply,
     FetchModule,
     Follow,
     Hello,
@@ -76,6 +79,8 @@ from mclnf_edge.world_frames import check_world
 log = logging.getLogger(__name__)
 
 _PROGRESS_S = 0.5
+_GIVE_WAY_S = 0.3
+_NO_ROOM = "the device has no room to learn; what was accepted is kept for a start that has"
 _BUSY_MS = 1000
 _MAX_ACKS = 1024
 _MAX_RENDERS = 256
@@ -139,7 +144,7 @@ def serve(
     """
     config = computing(config, device)
     keyring = prepare(config)
-    start = open_kept(config, init, map_dir)
+    start = open_cached(config, init)
     if isinstance(start, SignalInitialization) and config.compute.device == "cuda":
         raise ConfigError(
             f"--device cuda: maps of {start.modality} learn on the CPU; use cpu or auto"
@@ -148,7 +153,6 @@ def serve(
     with MapStore.open(
         map_dir, meta=meta, max_journal_bytes=config.map.journal_budget_bytes
     ) as store:
-        keep(store, start)
         endpoint = Endpoint(bind, keyring)
         try:
             return Service(config, store, endpoint, Worker, start).run(on_ready)
@@ -169,7 +173,7 @@ def computing(config: ServeConfig, device: str | None) -> ServeConfig:
 
 def prepare(config: ServeConfig) -> Keyring | None:
     """Start the log and read the keys; raises ConfigError."""
-    _configure_logging()
+    logs.configure(config.watch.log)
     if config.security.keys is None:
         return None
     return Keyring.load(config.security.secret_file, config.security.authorised_file)
@@ -213,7 +217,10 @@ class Service:
             on_ready(self.endpoint.address)
             self._notify.send("READY=1")
             while not self._stop.is_set():
-                self._turn(self.endpoint.receive(100))
+                batch = self.endpoint.receive(100)
+                self._turn(batch)
+                if len(batch) == ROUND:
+                    self._give_way()
                 if not self._healthy():
                     return self._give_up()
             return self._shut_down()
@@ -230,23 +237,27 @@ class Service:
     def _turn(self, batch: list[Incoming]) -> None:
         puts: list[_Put] = []
         acks: dict[bytes, list[Ack]] = defaultdict(list)
-        after: list[Incoming] = []
-        for incoming in batch:
+        frames: list[tuple[Incoming, Put]] = []
+        after: list[tuple[Incoming, Message]] = []
+        for incoming in batch:  # no request waits until others' pictures are checked
             with self._answering(incoming):
                 message = decode(incoming.parts)
                 check_role(incoming.user, message)
                 self._check(message)
                 if isinstance(message, PutFrame | PutSignal):
-                    self._take(incoming, message, puts, acks)
+                    frames.append((incoming, message))
                 elif isinstance(message, (CloseTask, Drain)):
-                    after.append(incoming)
+                    after.append((incoming, message))
                 else:
                     self._handle(incoming.peer, message)
+        for incoming, put in frames:
+            with self._answering(incoming):
+                self._take(incoming, put, puts, acks)
         if puts or self._rejected:
             self._commit(puts, acks)
-        for incoming in after:  # they mean the frames that were sent before them
+        for incoming, message in after:  # they mean the frames that were sent before them
             with self._answering(incoming):
-                self._handle(incoming.peer, decode(incoming.parts))
+                self._handle(incoming.peer, message)
         for peer, answers in acks.items():
             for i in range(0, len(answers), _MAX_ACKS):
                 part = tuple(answers[i : i + _MAX_ACKS])
@@ -256,6 +267,16 @@ class Service:
         self._flush()
         self._tell_drainers()
 
+    def _give_way(self) -> None:
+        """Under a flood nothing is read while a view is made: checking pictures takes a core.
+
+        Frames wait at their publishers meanwhile, for `_GIVE_WAY_S` at most.
+        """
+        end = time.monotonic() + _GIVE_WAY_S
+        while self.worker.rendering and time.monotonic() < end and not self._stop.is_set():
+            self.endpoint.rest(20)
+            self._flush()
+
     @contextmanager
     def _answering(self, incoming: Incoming) -> Iterator[None]:
         """What goes wrong with a message is told to its sender, and the loop goes on."""
@@ -263,7 +284,8 @@ class Service:
             yield
         except MclnfError as error:
             self.endpoint.send(incoming.peer, encode(error_reply(error, incoming.parts)))
-            log.warning("from %s: %s: %s", incoming.user.name, error.code, error)
+            told = "from %s: %s: %s", incoming.user.name, error.code, error
+            log.warning(*told, extra={"code": error.code})
 
     def _check(self, message: Message) -> None:
         """Raise a ProtocolError for what this daemon does not take from anybody."""
@@ -288,7 +310,9 @@ class Service:
         except FrameRejected as error:
             self._rejected[(put.session, put.stream)] += 1
             acks[incoming.peer].append(answer(put, "rejected", error.code, str(error)))
-            log.warning("frame %s/%s #%d rejected: %s", *put.identity, error)
+            session, stream_name, seq = put.identity
+            about = {"session": session, "stream": stream_name, "seq": seq, "code": error.code}
+            log.warning("frame %s/%s #%d rejected: %s", *put.identity, error, extra=about)
             return
         puts.append(_Put(incoming.peer, put, row, stream, before))
 
@@ -424,9 +448,13 @@ class Service:
             for s in self.store.streams()
             if (s["session"], s["stream"]) == (hello.session, hello.stream)
         ]
-        log.info(
-            "stream %s/%s: hello from %s", hello.session, hello.stream, hello.client or "a client"
+        told = (
+            "stream %s/%s: hello from %s",
+            hello.session,
+            hello.stream,
+            hello.client or "a client",
         )
+        log.info(*told, extra={"session": hello.session, "stream": hello.stream})
         return Welcome(
             id=hello.id,
             server=f"mclnf-edge {mclnf_edge.__version__}",
@@ -461,6 +489,12 @@ class Service:
         now = time.monotonic()
         for drainer in list(self._drainers):
             if now < drainer.due:
+                continue
+            if self.worker.state.get("out_of_memory"):
+                self._send(
+                    drainer.peer, ErrorReply(id=drainer.id, code=DeviceError.code, message=_NO_ROOM)
+                )
+                self._drainers.remove(drainer)
                 continue
             progress = self.worker.progress_of(drainer.request)
             drainer.due = now + _PROGRESS_S
@@ -587,10 +621,3 @@ def _threads() -> int:
 def _resident_mb() -> float:
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize() / 1e6
-
-
-def _configure_logging() -> None:
-    if not logging.getLogger().handlers:
-        logging.basicConfig(
-            level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-        )

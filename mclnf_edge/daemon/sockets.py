@@ -11,6 +11,7 @@ import ipaddress
 import logging
 import os
 import re
+import select
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,8 +26,8 @@ from mclnf_edge.wire.messages import MAX_PART_BYTES, MAX_PARTS
 RECEIVE_HWM = 16
 """Messages of one connection that wait inside ZeroMQ before TCP pushes back."""
 
-ROUND = 4 * RECEIVE_HWM
-"""Messages of all connections that are taken before any is answered."""
+ROUND = 8
+"""Messages of all connections that are taken before any is answered; they come in turn."""
 
 SEND_HWM = 32
 """Unread messages of one client, beyond its own buffers, before further ones are dropped."""
@@ -60,6 +61,8 @@ class Endpoint:
         self._authenticator: ThreadAuthenticator | None = None
         self.dropped: Counter[str] = Counter()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._wakes = select.poll()
+        self._wakes.register(self._wake_read, select.POLLIN)
         self._socket = self._context.socket(zmq.ROUTER)
         try:
             self._configure(ipv6="[" in bind)
@@ -120,6 +123,11 @@ class Endpoint:
                 continue
             messages.append(Incoming(peer.bytes, user, [frame.bytes for frame in frames]))
         return messages
+
+    def rest(self, timeout_ms: int) -> None:
+        """Wait for a `wake` alone, `timeout_ms` at most; messages stay where they are."""
+        if self._wakes.poll(timeout_ms):
+            self._swallow_wakes()
 
     def _user(self, frame: zmq.Frame) -> User:
         return LOCAL_USER if self._keyring is None else self._keyring.user(str(frame["User-Id"]))

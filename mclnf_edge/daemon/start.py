@@ -1,57 +1,78 @@
-"""The initialization that a map began with is kept in it: a restart needs no PyTorch to read it."""
+"""What an initialization file holds is kept in the user's cache: the next start needs no PyTorch.
+
+Importing PyTorch takes longer than all else before the daemon is ready. A cached copy carries the
+digest of the file it was read from and a checksum of its own; one that is not sound is not used.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 import logging
+import os
 from pathlib import Path
 
+import numpy as np
+
 from mclnf_edge.config import ServeConfig
-from mclnf_edge.errors import StoreError
 from mclnf_edge.mapping.engines import open_start
 from mclnf_edge.mapping.initialization import Initialization, SignalInitialization, init_file
-from mclnf_edge.store import MapStore, read_checkpoint_of
 
-START = "start"
 log = logging.getLogger(__name__)
 
 
-def open_kept(
-    config: ServeConfig, path: Path | None, map_dir: Path
-) -> Initialization | SignalInitialization:
-    """`open_start`, from the map in `map_dir` where that one began with the very file at `path`.
+def open_cached(config: ServeConfig, path: Path | None) -> Initialization | SignalInitialization:
+    """`open_start`, from the cache where the very file at `path` was read before.
 
-    Raises InitError as it does.
+    Those of signals are read with PyTorch anyway. Raises InitError as `open_start` does.
     """
-    kept, file = _kept(map_dir), init_file(path)
-    same = kept is not None and file.is_file() and kept.digest == _digest(file)
-    if kept is not None and same and kept.kind == config.field.kind:
-        return kept
-    return open_start(config, path)
+    file = init_file(path)
+    if not file.is_file():
+        return open_start(config, path)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    cached = _read(digest)
+    if cached is not None and cached.kind == config.field.kind:
+        return cached
+    start = open_start(config, path)
+    if isinstance(start, Initialization):
+        _write(start)
+    return start
 
 
-def keep(store: MapStore, start: Initialization | SignalInitialization) -> None:
-    """Have the map hold what it begins with; those of signals are read with PyTorch anyway."""
-    if not isinstance(start, Initialization) or _kept(store.path) is not None:
-        return
+def cache_dir() -> Path:
+    """The user's cache folder of this program (XDG_CACHE_HOME)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mclnf-edge"
+
+
+def _entry(digest: str) -> Path:
+    return cache_dir() / f"init-{digest}"
+
+
+def _write(start: Initialization) -> None:
     about = {"digest": start.digest, "kind": start.kind, "meta": start.meta}
+    packed = io.BytesIO()
+    np.savez(packed, mlp=start.mlp, about=np.frombuffer(json.dumps(about).encode(), np.uint8))
+    data, entry = packed.getvalue(), _entry(start.digest)
+    part = entry.with_suffix(f".{os.getpid()}")
     try:
-        store.checkpoint_save(START, {"mlp": start.mlp}, about)
-    except StoreError as error:  # a full disk: it only makes the next start slower
-        log.warning("the initialization is not kept: %s", error)
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(hashlib.sha256(data).digest() + data)
+        part.replace(entry)
+    except OSError as error:
+        log.info("the initialization is not cached, so that starts are slower: %s", error)
 
 
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def _kept(map_dir: Path) -> Initialization | None:
+def _read(digest: str) -> Initialization | None:
+    """The copy of the file with this digest; None where there is no sound one."""
     try:
-        found = read_checkpoint_of(map_dir, START)
-    except StoreError as error:
-        log.warning("the kept initialization is not used: %s", error)
+        packed = _entry(digest).read_bytes()
+    except OSError:
         return None
-    if found is None:
+    checksum, data = packed[:32], packed[32:]
+    if hashlib.sha256(data).digest() != checksum:
+        log.warning("%s is damaged: the initialization is read anew", _entry(digest))
         return None
-    arrays, about = found
-    return Initialization(arrays["mlp"], about["digest"], about["meta"], about["kind"])
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        about = json.loads(arrays["about"].tobytes())
+        return Initialization(arrays["mlp"], about["digest"], about["meta"], about["kind"])

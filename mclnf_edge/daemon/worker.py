@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, Any, cast
 import msgpack
 
 from mclnf_edge.config import ServeConfig
+from mclnf_edge.daemon import painters
+from mclnf_edge.daemon.posed_replies import posed_replies
 from mclnf_edge.daemon.signal_replies import ENGINE as SIGNAL_ENGINE
 from mclnf_edge.daemon.signal_replies import signal_reply
 from mclnf_edge.daemon.warm_up import warm_up
-from mclnf_edge.errors import Corrupt, DiskFull, MclnfError, ProtocolError, StoreError
-from mclnf_edge.geometry import check_camera, check_pose
-from mclnf_edge.images import encode_image
-from mclnf_edge.inference.renderer import Renderer
+from mclnf_edge.errors import Corrupt, DiskFull, MclnfError, StoreError
 from mclnf_edge.mapping.engines import choose
 from mclnf_edge.mapping.initialization import Initialization, SignalInitialization
 from mclnf_edge.mapping.interface import TaskMapper
@@ -32,7 +31,7 @@ from mclnf_edge.mapping.mapper import Mapper
 from mclnf_edge.mapping.modules import Module
 from mclnf_edge.mapping.residency import Residency
 from mclnf_edge.store import MapStore, ModuleRecord, module_info
-from mclnf_edge.types import ModuleSnapshot, Render, View
+from mclnf_edge.types import ModuleSnapshot
 from mclnf_edge.wire.codec import decode
 from mclnf_edge.wire.messages import (
     ErrorReply,
@@ -41,12 +40,11 @@ from mclnf_edge.wire.messages import (
     Put,
     PutFrame,
     PutSignal,
-    RenderReply,
     RenderRequest,
 )
-from mclnf_edge.wire.planes import pack_plane
 
 if TYPE_CHECKING:
+    from mclnf_edge.inference.export import Exports
     from mclnf_edge.mapping.signals import SignalMapper
 
 log = logging.getLogger(__name__)
@@ -114,24 +112,36 @@ class Worker(threading.Thread):
     ) -> None:
         super().__init__(name="compute", daemon=True)
         self.config, self.store, self._send = config, store, send
+        self._trial: painters.Trial | None = None
+        self._exports: Exports | None = None
+        self._render_ms: painters.Times | None = None
         self.mapper = _mapper(config, init, threads, store.load_module)
-        self.engine = SIGNAL_ENGINE
+        self.engine = self.painter = SIGNAL_ENGINE
         if isinstance(self.mapper, Mapper):
             budget = config.render.resident_mb * 10**6
             residency = Residency(self.mapper.modules, budget, self._load)
             self.mapper.residency = residency
             self.engine = self.mapper.optimizer.name
             self.mapper.optimizer.alive = self._alive
-            self.renderer = Renderer(self.mapper.optimizer.paint, residency)
+            if config.render.engine == "auto":
+                self._render_ms = painters.remembered(config)
+            self._paint()
+            if config.map.onnx:
+                from mclnf_edge.inference.export import Exports  # with PyTorch
+
+                self._exports = Exports(store, config.field)
         self.error: BaseException | None = None
         self.beat = time.monotonic()
         self.ready = threading.Event()
-        self.state: dict[str, Any] = {"modules": [], "engine": self.engine, "steps": 0}
+        self.state: dict[str, Any] = {
+            "modules": [], "engine": self.engine, "render_engine": self.painter, "steps": 0
+        }  # fmt: skip
         self._progress = (0, Progress())
         self._drains = 0
         self.hover_m = 1e-3
         self.rejected: deque[tuple[str, str, int, str]] = deque(maxlen=256)
         self._renders: deque[RenderJob] = deque()
+        self._painting = False
         self._wake = threading.Condition()
         self._work = True
         self._stopping = False
@@ -162,6 +172,11 @@ class Worker(threading.Thread):
     def waiting(self) -> int:
         """Renders that wait."""
         return len(self._renders)
+
+    @property
+    def rendering(self) -> bool:
+        """Whether a render waits or is being made."""
+        return self._painting or bool(self._renders)
 
     def progress_of(self, request: int) -> Progress:
         """How far the work is; done only when it was so after drain `request` was made."""
@@ -215,6 +230,9 @@ class Worker(threading.Thread):
             log.exception("compute thread failed")
             self.error = error
             self.ready.set()
+        finally:
+            if self._trial is not None:
+                self._trial.stop()
 
     def _prepare(self) -> None:
         """Frames are taken meanwhile; renders wait."""
@@ -224,6 +242,8 @@ class Worker(threading.Thread):
         self.beat = time.monotonic() + _COMPILE_S
         warm_up(self.config, self.mapper.threads)
         log.info("kernels are ready")
+        if self.config.render.engine == "auto" and self._render_ms is None:
+            self._trial = painters.Trial(self.config)
 
     def _work_on(self) -> None:
         try:
@@ -244,6 +264,9 @@ class Worker(threading.Thread):
             self._take_in_due = 0.0
         self._commit_finished()
         self._let_go_unused()
+        if self._exports is not None and self._exports.write_next():
+            busy = True
+        self._see_trial()
         if time.monotonic() >= self._checkpoint_due:
             self._checkpoint()
         self._publish_state()
@@ -269,6 +292,20 @@ class Worker(threading.Thread):
         now = time.monotonic()
         self._take_in_due = now + (now - began) * _STEP_SHARE / (1 - _STEP_SHARE)
         return busy
+
+    def _see_trial(self) -> None:
+        """Paint with what was measured to be the fastest, once it is known."""
+        times = None if self._trial is None else self._trial.result()
+        if times is not None:
+            self._trial, self._render_ms = None, times
+            self._paint()
+
+    def _paint(self) -> None:
+        """Take the engine that is asked for, or for `auto` the fastest that is known."""
+        asked = self.config.render.engine
+        name = painters.fastest(self._render_ms) if asked == "auto" else asked
+        assert isinstance(self.mapper, Mapper)
+        self.renderer, self.painter = painters.renderer(self.config, self.mapper, name)
 
     def _alive(self) -> None:
         self.beat = time.monotonic()
@@ -316,6 +353,8 @@ class Worker(threading.Thread):
             return
         self._committed[record.id] = module_info(record)
         self._versions += 1
+        if self._exports is not None:
+            self._exports.add(record)
 
     def _take(self, record: ModuleRecord) -> None:
         if isinstance(self.mapper, Mapper):  # reads what it needs, when it needs it
@@ -338,7 +377,8 @@ class Worker(threading.Thread):
         except Corrupt as error:
             self._replace(mapper, module, error)
         except StoreError as error:
-            log.error("task %s version %d not read: %s", module.id, module.version, error)
+            about = {"task": module.id, "version": module.version}
+            log.error("task %s version %d not read: %s", *about.values(), error, extra=about)
 
     def _replace(self, mapper: Mapper, module: Module, error: Corrupt) -> None:
         """Quarantine a damaged version and load the one before, where there is a sound one."""
@@ -354,13 +394,14 @@ class Worker(threading.Thread):
         self._load(mapper.modules[module.cell])
 
     def _quarantine(self, record: ModuleRecord, error: Corrupt) -> None:
-        log.error("task %s version %d quarantined: %s", record.id, record.version, error)
+        about = {"task": record.id, "version": record.version}
+        log.error("task %s version %d quarantined: %s", *about.values(), error, extra=about)
         damaged = {**module_info(record), "state": "quarantined"}
         self._committed[f"{record.id}.{record.version}"] = damaged
         try:
             self.store.quarantine(record.id, record.version)
         except StoreError as full:  # it is found again after a restart
-            log.error("task %s: %s", record.id, full)
+            log.error("task %s: %s", record.id, full, extra=about)
 
     def _ingest(self) -> bool:
         """Hand the ledger's next frames to the mapper, for a short while."""
@@ -383,16 +424,14 @@ class Worker(threading.Thread):
                 piece = put.frame if isinstance(put, PutFrame) else put.signal
                 self.mapper.add(held.id, stream, piece, site=site, kept=kept)
             except Exception as error:  # a frame that cannot be used must not end the daemon
-                log.warning(
-                    "frame %d (%s/%s #%d) let go: %s",
-                    held.id,
-                    held.session,
-                    held.stream,
-                    held.seq,
-                    error,
-                )
+                about = {
+                    "frame": held.id, "session": held.session, "stream": held.stream,
+                    "seq": held.seq,
+                }  # fmt: skip
+                told = "frame %d (%s/%s #%d) let go: %s"
+                log.warning(told, *about.values(), error, extra=about)
                 if not isinstance(error, MclnfError):
-                    log.exception("frame %d", held.id)
+                    log.exception("frame %d", held.id, extra=about)
                 self.rejected.append((held.session, held.stream, held.seq, str(error)))
                 self._stored(lambda gone=held.id: self.store.let_go({gone: 0}))  # type: ignore[misc]
             self._serve_renders()
@@ -425,8 +464,11 @@ class Worker(threading.Thread):
             self._newest[record.id] = record.version
             self._committed[record.id] = module_info(record)
             self._versions += 1
+            if self._exports is not None:
+                self._exports.add(record)
             self.mapper.forget(closing.let_go)
-            log.info("task %s committed as version %d", record.id, record.version)
+            about = {"task": record.id, "version": record.version}
+            log.info("task %s committed as version %d", *about.values(), extra=about)
             self._serve_renders()
 
     def _stored(self, act: Callable[[], Any]) -> Any:
@@ -481,6 +523,7 @@ class Worker(threading.Thread):
                 if not self._renders:
                     return
                 job = self._renders.popleft()
+                self._painting = True
             before = time.process_time()
             try:
                 self._answer(job)
@@ -492,6 +535,7 @@ class Worker(threading.Thread):
                 log.exception("render %d failed", job.request.id)
                 told = f"the daemon could not render this view: {error}"
                 self._send(job.peer, ErrorReply(id=job.request.id, code="internal", message=told))
+            self._painting = False
             self.beat = time.monotonic()
             self.render_cpu_s += time.process_time() - before
             self.renders += 1
@@ -508,35 +552,12 @@ class Worker(threading.Thread):
             reply = signal_reply(mapper, request, pixels, self._versions, self._alive)
             self._send(job.peer, reply)
             return
-        view = _sized(request)
-        small = replace(view, camera=_preview(view, self.config.render.preview_px))
-        if request.quality in ("preview", "progressive"):
-            self._send(job.peer, self._reply(job, small, final=request.quality == "preview"))
-        if request.quality != "preview":
-            self._send(job.peer, self._reply(job, view, final=True))
-
-    def _reply(self, job: RenderJob, view: View, *, final: bool) -> RenderReply:
-        start, request = time.monotonic(), job.request
-        mapper = self.mapper
-        assert isinstance(mapper, Mapper)
-        gain = mapper.exposures.at(view.stream, view.timestamp)
-        origin = mapper.origins.get(job.site)
-        done = self.renderer.render(mapper.pool, origin, view, gain, self._versions, job.site)
-        ms = (time.monotonic() - start) * 1e3
-        return RenderReply(
-            id=request.id,
-            data=_encoded(done, request),
-            encoding=request.encoding,
-            width=view.camera.width,
-            height=view.camera.height,
-            depth=pack_plane(done.depth, "float32") if "depth" in request.want else None,
-            known=pack_plane(done.known, "float16") if "known" in request.want else None,
-            map_version=self._versions,
-            modules=done.modules[:4096],
-            engine=f"{self.engine}/{mapper.optimizer.device}",
-            ms=ms,
-            final=final,
-        )
+        replies = posed_replies(
+            self.mapper, self.renderer, self.painter, request, job.site,
+            self.config.render.preview_px, self._versions,
+        )  # fmt: skip
+        for reply in replies:
+            self._send(job.peer, reply)
 
     # -- what others see ------------------------------------------------------------------------
 
@@ -577,12 +598,15 @@ class Worker(threading.Thread):
         self.state = {
             "modules": modules,
             "engine": self.engine,
+            "render_engine": self.painter,
+            "render_ms": self._render_ms or {},
             "steps": mapper.steps,
             "frames_held": len(mapper.frames),
             "frames_waiting": backlog,
             "psnr": mapper.psnr,
             "progress": done if learning or finished else 0.0,
             **mapper.facts(),
+            **({} if self._exports is None else self._exports.facts()),
         }
 
 
@@ -606,35 +630,3 @@ def _seconds_left(rate: deque[tuple[float, float]]) -> float | None:
     if b >= 1 or t1 - t0 < 1 or b <= a:
         return None
     return float((1 - b) * (t1 - t0) / (b - a))
-
-
-def _sized(request: RenderRequest) -> View:
-    """The view at the size that was asked for; raises FrameRejected or ProtocolError."""
-    if request.view is None:
-        raise ProtocolError("render: expected a view; this map holds posed frames")
-    view = request.view
-    check_pose(view.T_world_camera, "view")
-    camera = replace(check_camera(view.camera, "view"), model="PINHOLE", distortion=())
-    if request.width or request.height:
-        width = request.width or max(round(camera.width * request.height / camera.height), 1)
-        height = request.height or max(round(camera.height * request.width / camera.width), 1)
-        camera = camera.scaled(width, height)
-    if camera.width * camera.height > 4_000_000:  # tens of seconds; a hang is taken for 60
-        raise ProtocolError(
-            f"render: expected at most 4 megapixels, received {camera.width}x{camera.height}"
-        )
-    return replace(view, camera=camera)
-
-
-def _preview(view: View, pixels: int) -> Any:
-    camera = view.camera
-    scale = min(1.0, pixels / camera.width)
-    return camera.scaled(max(round(camera.width * scale), 1), max(round(camera.height * scale), 1))
-
-
-def _encoded(done: Render, request: RenderRequest) -> bytes:
-    if request.encoding == "raw":
-        return done.rgb.tobytes()
-    if request.encoding == "jpeg":
-        return encode_image(done.rgb, "jpeg")
-    return encode_image(done.rgb, "png")

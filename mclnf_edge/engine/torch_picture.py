@@ -9,16 +9,18 @@ import torch
 from torch import Tensor
 
 from mclnf_edge.engine.picture import DARK, UNKNOWN, Painted, Shot
-from mclnf_edge.engine.torch_field import Network
-from mclnf_edge.engine.torch_volume import Course, Light, TensorScene, trace
+from mclnf_edge.engine.torch_volume import Course, Light, Look, TensorScene, compose, locate, place
 
 _CHUNK = 8192
 """Rays at once."""
 
 
 @torch.no_grad()
-def paint(scene: TensorScene, network: Network, shot: Shot, alive: Callable[[], None]) -> Painted:
-    """One picture; see `engine.picture.paint`. `alive` is called after every part of it."""
+def paint(scene: TensorScene, look: Look, shot: Shot, alive: Callable[[], None]) -> Painted:
+    """One picture of what `look` evaluates; see `engine.picture.paint`.
+
+    `alive` is called after every part of it.
+    """
     height, width = shot.size
     device = scene.box.device
     course = Course(shot.samples, shot.steps, float(shot.uniform), float(shot.reach))
@@ -31,13 +33,16 @@ def paint(scene: TensorScene, network: Network, shot: Shot, alive: Callable[[], 
         pixel = torch.arange(a, min(a + _CHUNK, height * width), device=device)
         rd, axial = directions(shot, pixel)
         n = len(pixel)
-        traced = trace(scene, network, (eye.expand(n, 3), rd, band.expand(n, 2)), course, DARK)
-        points += traced.samples.t.numel()
+        rays = (eye.expand(n, 3), rd)
+        samples = place(scene, *rays, band.expand(n, 2), course)
+        found = locate(scene, rays, samples)
+        light = compose(look(scene, found), found, samples, DARK)
+        points += samples.t.numel()
         part = slice(a, a + n)
-        shown = _shown(traced.light, axial[traced.samples.ray], exposure)
+        shown = _shown(light, axial[samples.ray], exposure)
         whole = torch.zeros((n, 5), device=device)
         whole[:, :3] = UNKNOWN
-        whole[traced.samples.ray] = shown
+        whole[samples.ray] = shown
         values = whole.cpu().numpy()
         rgb[part] = (values[:, :3].clip(0, 1) * 255 + 0.5).astype(np.uint8)
         depth[part], known[part] = values[:, 3], values[:, 4]

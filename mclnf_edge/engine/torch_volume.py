@@ -7,6 +7,7 @@ functions are pure and work in the scene's dtype and on its device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -80,6 +81,25 @@ class Samples(NamedTuple):
     ray: Tensor
     t: Tensor
     width: Tensor
+
+
+class Points(NamedTuple):
+    """E evaluations, sorted by slot: which modules look where, as their fields read it.
+
+    `u` (E, 3) is in the module's unit cube, `above` (E,) the height above its surface in units,
+    `unit` (E,) metres per unit, `seen` (E,) whether frames saw the place, `directions` (E, 3).
+    """
+
+    known: Known
+    u: Tensor
+    above: Tensor
+    unit: Tensor
+    seen: Tensor
+    directions: Tensor
+
+
+Look = Callable[[TensorScene, Points], Tensor]
+"""Evaluates fields: (E, 4) density per unit of length, then RGB in 0..1."""
 
 
 class Part(NamedTuple):
@@ -281,6 +301,19 @@ def evaluate(
     learn: bool = False,
 ) -> Traced:
     """Render R rays at given samples; see `trace`."""
+    points = locate(scene, rays, samples)
+    texels, inputs = _inputs(scene, points)
+    parts = _run(scene, network, points.known.slot, inputs, learn)
+    raw = torch.cat([inputs.new_zeros((0, 4)), *(part.output.raw.detach() for part in parts)])
+    raw.requires_grad_(learn)
+    light = compose(activated(network, raw), points, samples, dark)
+    rgb = inputs.new_zeros((len(rays[0]), 3))
+    rgb[samples.ray] = light.rgb.detach()
+    return Traced(rgb, samples, points.known, texels, parts, raw, light)
+
+
+def locate(scene: TensorScene, rays: tuple[Tensor, Tensor], samples: Samples) -> Points:
+    """What knows the samples of R rays, (R, 3) origins and directions."""
     ro, rd = (x[samples.ray] for x in rays)
     xyz = (ro[:, None] + samples.t.unsqueeze(-1) * rd[:, None]).flatten(0, 1)
     known = gate(scene, xyz[:, :2])
@@ -292,62 +325,68 @@ def evaluate(
     u = torch.cat([(p[:, :2] - box[:, :2]) / box[:, 2:], uz[:, None]], dim=1)
     unit = box[:, 2] / _UNITS
     height, seen = surface_at(scene, known.slot, u)
-    texels = None
-    if len(scene.planes):
-        per_slot = scene.features.shape[1] // CHANNELS
-        texels = find_texels(scene.planes, known.slot * per_slot, u)
-        inputs = plane_inputs(
-            scene.features.view(-1, CHANNELS), texels, uz, (p[:, 2] - height) / unit
-        )
-    else:
-        inputs = mlp_inputs(u, rd[known.point // samples.t.shape[1]])
-    parts = _run(scene, network, known.slot, inputs, learn)
-    raw = torch.cat([inputs.new_zeros((0, 4)), *(part.output.raw.detach() for part in parts)])
-    raw.requires_grad_(learn)
-    light = compose(network, raw, known, seen, unit, samples, dark)
-    rgb = xyz.new_zeros((len(rays[0]), 3))
-    rgb[samples.ray] = light.rgb.detach()
-    return Traced(rgb, samples, known, texels, parts, raw, light)
+    directions = rd[known.point // samples.t.shape[1]]
+    return Points(known, u, (p[:, 2] - height) / unit, unit, seen, directions)
+
+
+def _inputs(scene: TensorScene, points: Points) -> tuple[Texels | None, Tensor]:
+    """What the scene's kind of network reads at points, and the texels it is made of."""
+    if not len(scene.planes):
+        return None, mlp_inputs(points.u, points.directions)
+    per_slot = scene.features.shape[1] // CHANNELS
+    texels = find_texels(scene.planes, points.known.slot * per_slot, points.u)
+    features = scene.features.view(-1, CHANNELS)
+    return texels, plane_inputs(features, texels, points.u[:, 2], points.above)
+
+
+def activated(network: Network, raw: Tensor) -> Tensor:
+    """Density per unit of length and RGB in 0..1 of raw values (E, 4)."""
+    return torch.cat([network.density(raw[:, 0])[:, None], torch.sigmoid(raw[:, 1:])], dim=1)
+
+
+def look(network: Network, scene: TensorScene, points: Points) -> Tensor:
+    """See `Look`; by PyTorch."""
+    _, inputs = _inputs(scene, points)
+    parts = _run(scene, network, points.known.slot, inputs, learn=False)
+    raw = torch.cat([inputs.new_zeros((0, 4)), *(part.output.raw for part in parts)])
+    return activated(network, raw)
 
 
 def _run(
     scene: TensorScene, network: Network, slot: Tensor, inputs: Tensor, learn: bool
 ) -> list[Part]:
     """Each module's network on its rows of `inputs`, which are sorted by slot."""
-    slots, counts = slot.unique_consecutive(return_counts=True)
-    owners = scene.owner[slots].tolist()
-    parts, at = [], 0
-    for s, n, owner in zip(slots.tolist(), counts.tolist(), owners, strict=True):
-        rows, weights = slice(at, at + n), scene.weights[s]
-        x, grad = inputs[rows], learn and owner >= 0
+    parts, owners = [], scene.owner.tolist()
+    for s, rows in runs(slot):
+        x, weights = inputs[rows], scene.weights[s]
+        grad = learn and owners[s] >= 0
         if grad:
             x, weights = x.detach().requires_grad_(), weights.detach().requires_grad_()
         with torch.set_grad_enabled(grad):
             parts.append(Part(s, rows, weights, x, network(weights, x)))
-        at += n
     return parts
 
 
-def compose(
-    network: Network,
-    raw: Tensor,
-    known: Known,
-    seen: Tensor,
-    unit: Tensor,
-    samples: Samples,
-    dark: float,
-) -> Light:
+def runs(slot: Tensor) -> list[tuple[int, slice]]:
+    """Each slot of sorted ones (E,) and where it stands."""
+    slots, counts = slot.unique_consecutive(return_counts=True)
+    ends = counts.cumsum(0)
+    rows = map(slice, (ends - counts).tolist(), ends.tolist())
+    return list(zip(slots.tolist(), rows, strict=True))
+
+
+def compose(values: Tensor, points: Points, samples: Samples, dark: float) -> Light:
     """The gate's blend and the quadrature: sigma, c and w_k of `engine.volume`'s head.
 
-    `seen` (E,) says whether frames saw the place, `unit` (E,) is metres per unit of length.
+    `values` (E, 4) are the fields' at the points, see `Look`.
     """
     rays, n = samples.t.shape
-    own = network.density(raw[:, 0]) / unit * known.share
-    color = torch.sigmoid(raw[:, 1:])
-    values = torch.cat([own[:, None], own[:, None] * color, (own * seen)[:, None]], dim=1)
-    matter = values.new_zeros((rays * n, 5)).index_add(0, known.point, values).view(rays, n, 5)
+    known = points.known
+    own = (values[:, 0] / points.unit * known.share)[:, None]
+    each = torch.cat([own, own * values[:, 1:], own * points.seen[:, None]], dim=1)
+    matter = each.new_zeros((rays * n, 5)).index_add(0, known.point, each).view(rays, n, 5)
     sigma = matter[..., 0]
-    blend = matter[..., 1:] / sigma.clamp(min=torch.finfo(raw.dtype).tiny).unsqueeze(-1)
+    blend = matter[..., 1:] / sigma.clamp(min=torch.finfo(values.dtype).tiny).unsqueeze(-1)
     thick = sigma * samples.width
     before = torch.exp(thick - thick.cumsum(1))
     lit = before.detach() >= dark

@@ -43,11 +43,14 @@ class Exposures:
     def at(self, stream: str, timestamp: float | None) -> F32:
         """Gain (3,) at a time, interpolated between a stream's frames; 0 when unknown.
 
-        `stream` is "session/stream" or a stream's name alone, then in any session; "" is any.
+        `stream` is "session/stream" or a stream's name alone, then in any session; "" is any, and
+        so is one that sent nothing.
         """
         if timestamp is None:
             return np.zeros(3, np.float32)
         times, gains = self._sorted.get(stream) or self._in_time(stream)
+        if not times:
+            times, gains = self._in_time("")
         if not times:
             return np.zeros(3, np.float32)
         self._sorted[stream] = times, gains

@@ -228,15 +228,16 @@ class Mapper:
 
         `pause` is called between modules, so that renders need not wait for all of them; if it
         raises, the next call does the work again. `last`: no more frames are waited for, so that
-        a cell that one frame sees alone gets a module too; draining implies it.
+        a cell that one frame sees alone gets a module too; draining implies it, and so does
+        `inactivity_s` for the cells of an older frame.
 
-        A module is seeded again while it is young, each time its views have doubled and once more
-        when the flight has moved on: measured surfaces from more views beat what a few hundred
-        steps have learned from fewer.
+        A module begins anew, from a surface measured again, each time its views have doubled and
+        once more when the flight has moved on: what is learned on a surface from few views is
+        worth less than the surface from more. Not once it has let frames go.
         """
         last = last or self.draining
         left = any(self._left(m) for m in self.learning())
-        if not self.dirty and not left and not (last and self.alone):
+        if not self.dirty and not left and not (self.alone and (last or self._waited())):
             return False
         frames = list(self.frames.values())
         few = len(frames) < 2 and all(len(s.points) < 8 for s in self.structures.values())
@@ -271,14 +272,13 @@ class Mapper:
             self._revisit(structure, self.modules[cell], frames)
         seeds = [c for c in sorted(seen) if self._needs_seed(c, frames, last)]
         self._seed(pool, structure, seeds, frames, pause)
-        now = time.monotonic()
         for frame in frames:
             for cell in frame.tiles:
                 module = self.modules.get(cell)
                 if module is not None and frame.id not in module.frames and module.row >= 0:
                     module.frames.add(frame.id)
                     module.tasks.add(frame.task)
-                    module.last_frame_at = now
+                    module.last_frame_at = max(module.last_frame_at, frame.arrived)
 
     def _revisit(self, structure: Structure, module: Module, frames: list[HeldFrame]) -> None:
         fresh = revisits.fresh_frames(module, frames)
@@ -288,10 +288,12 @@ class Mapper:
             parent = self.recall(module.id, module.version)
             module.slot = self.pool.load(module.cell, parent.arrays)
         except StoreError as error:
-            log.error("task %s is not learned again: %s", module.id, error)
+            log.error("task %s is not learned again: %s", module.id, error, extra=module.about)
             return
         revisits.reopen(self.pool, structure, module, fresh, parent)
-        log.info("task %s version %d opened: seen again", module.id, module.version)
+        log.info(
+            "task %s version %d opened: seen again", *module.about.values(), extra=module.about
+        )
 
     def _count_tiles(self) -> None:
         """How many tiles of the held frames each cell owns, what a module's budget follows; of
@@ -320,7 +322,9 @@ class Mapper:
             self.pool.drop(cell)
             self.structures[cell[0] // 2].rasters.pop(cell, None)
             del self.modules[cell]
-            log.info("task %s given up: no frame reaches it any more", module.id)
+            log.info(
+                "task %s given up: no frame reaches it any more", module.id, extra=module.about
+            )
 
     def _ensure_pool(self, structure: Structure, frames: list[HeldFrame]) -> ModulePool:
         if self.pool is not None:
@@ -342,21 +346,34 @@ class Mapper:
         return self.pool
 
     def _needs_seed(self, cell: Cell, frames: list[HeldFrame], last: bool) -> bool:
-        views = sum(cell in f.tiles for f in frames)
+        seeing = [f for f in frames if cell in f.tiles]
         module = self.modules.get(cell)
         if module is None:
-            return views >= 2 or (views == 1 and last)
-        return self._young(module) and (views >= 2 * module.seeded_with or self._left(module))
+            return len(seeing) >= 2 or any(last or self._quiet(f.arrived) for f in seeing)
+        many = len(seeing) >= 2 * module.seeded_with
+        return self._left(module) or (many and self._may_begin_anew(module))
 
-    def _young(self, module: Module) -> bool:
-        """Whether a module's first version has most of its learning before it."""
-        return module.row >= 0 and module.version == 1 and self._progress(module) < 0.5
+    def _quiet(self, since: float) -> bool:
+        return time.monotonic() - since > self.config.inactivity_s
+
+    def _waited(self) -> bool:
+        """Whether a frame has waited in vain for another one that sees a cell of its own."""
+        old = [f for f in self.frames.values() if self._quiet(f.arrived)]
+        return any(c not in self.modules for f in old for c in f.tiles)
+
+    def _may_begin_anew(self, module: Module) -> bool:
+        """Whether it is a first version, and every frame that taught it is still held."""
+        return module.row >= 0 and module.version == 1 and module.frames <= self.frames.keys()
 
     def _left(self, module: Module) -> bool:
-        """Whether a young module was seeded from fewer frames than see it, and no more come."""
-        if time.monotonic() - module.last_frame_at < _LEFT_S or not self._young(module):
+        """Whether a module's surface is from clearly fewer frames than see it, and no more come.
+
+        The further it has learned, the more frames must be new.
+        """
+        if time.monotonic() - module.last_frame_at < _LEFT_S or not self._may_begin_anew(module):
             return False
-        return self.views[module.cell] > 1.1 * module.seeded_with
+        more = 1.1 if self._progress(module) < 0.5 else 1.5
+        return self.views[module.cell] > more * module.seeded_with
 
     def _seed(
         self,
@@ -373,7 +390,8 @@ class Mapper:
             if module is None:
                 band = structure.band(cell, flying)
                 module = self.modules[cell] = pool.spawn(cell, *band)
-                log.info("task %s opened by frame %d", module.id, seeing[-1].id)
+                about = {**module.about, "frame": seeing[-1].id}
+                log.info("task %s opened by frame %d", module.id, seeing[-1].id, extra=about)
             low, high = structure.sweep(cell, seeing, *structure.band(cell, flying))
             pool.place(cell, module.slot, low, high)
             pause()
@@ -386,7 +404,10 @@ class Mapper:
             structure.seed(pool, module, frames)
             pool.weights[module.slot] = pool.mlp
             pool.reset_learning(module.row)
-            module.seeded_with = sum(cell in f.tiles for f in frames)
+            seeing = [f for f in frames if cell in f.tiles]
+            module.seeded_with, module.rays, module.seconds = len(seeing), 0, 0.0
+            for frame in seeing:
+                frame.rays = 0  # what they taught is gone
             pause()
 
     # -- adaptation -----------------------------------------------------------------------------
@@ -582,7 +603,8 @@ class Mapper:
                 frame.anchored = True
             if frame is not None and not self._needed(frame):
                 let_go[frame_id] = frame.rays
-        log.info("task %s closed: %d steps, %d frames let go", module.id, module.steps, len(let_go))
+        told = "task %s closed: %d steps, %d frames let go", module.id, module.steps, len(let_go)
+        log.info(*told, extra=module.about)
         parent: dict[str, int] = {}
         if module.version > 1:
             assert self.recall is not None
@@ -609,6 +631,7 @@ class Mapper:
             logging.INFO if good else logging.WARNING,
             "task %s version %d %s: probes at %.2f dB, before %.2f dB",
             module.id, module.version, "holds" if good else "given up", new, old,
+            extra=module.about,
         )  # fmt: skip
         if not good:
             revisits.give_up(self.pool, module, parent)

@@ -75,6 +75,11 @@ class Module:
         """Stable name of the module's place."""
         return cell_name(self.cell)
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a log line about it names."""
+        return {"task": self.id, "version": self.version}
+
 
 class Copies(Protocol):
     """Another device's copies of a pool's arrays: `mapping.device`."""

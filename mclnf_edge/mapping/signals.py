@@ -128,7 +128,7 @@ class SignalMapper:
         if module is None:
             start = {name: p.clone() for name, p in self.init.params.items()}
             module = self.modules[key, place] = SignalModule(key, place, start)
-            log.info("task %s opened", module.id)
+            log.info("task %s opened", module.id, extra={"task": module.id})
         return module
 
     @property
@@ -257,7 +257,8 @@ class SignalMapper:
             for i in sorted(module.frames)
             if i in self.frames and not self._needed(self.frames[i])
         }
-        log.info("task %s closed: %d steps, %.2f dB", module.id, module.steps, module.psnr)
+        told = "task %s closed: %d steps, %.2f dB", module.id, module.steps, module.psnr
+        log.info(*told, extra={"task": module.id})
         return Closing(ModuleSnapshot(module.id, module.version, arrays, meta), let_go)
 
     def _measure(self, module: SignalModule) -> float:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -96,7 +97,8 @@ class TorchEngine(Engine[Batch]):
         self._shrink(reason)
         return None
 
-    def _lend(self, pool: ModulePool, *, learn: bool = False) -> Lent:
+    def lend(self, pool: ModulePool, *, learn: bool = False) -> Lent:
+        """The pool's arrays where this engine computes; see `device.DeviceArrays.lend`."""
         return share(pool) if self._arrays is None else self._arrays.lend(pool, learn=learn)
 
     def _put(self, array: npt.NDArray[np.generic]) -> Tensor:
@@ -105,7 +107,7 @@ class TorchEngine(Engine[Batch]):
     def _trace(
         self, pool: ModulePool, rays: Rays, bands: F32, reach: float, site: int
     ) -> tuple[Batch, F32]:
-        lent = self._lend(pool, learn=True)
+        lent = self.lend(pool, learn=True)
         scene = lent.scene(site)
         course = Course(SAMPLES, COARSE_STEPS, UNIFORM, reach, self._random.manual_seed(self._seed))
         where = (self._put(rays.origins), self._put(rays.directions), self._put(bands))
@@ -179,16 +181,22 @@ class TorchEngine(Engine[Batch]):
         """See `Engine`."""
 
         def painted(lent: Lent) -> Painted:
-            return paint(lent.scene(site), self._network, shot, self.alive)
+            look = partial(torch_volume.look, self._network)
+            return paint(lent.scene(site), look, shot, self.alive)
 
         return self._somewhere(pool, painted)
 
     def _somewhere(self, pool: ModulePool, run: Callable[[Lent], T]) -> T:
         """`run` on the device, or on the CPU when the device has no room."""
         try:
-            return run(self._lend(pool))
+            return run(self.lend(pool))
         except torch.cuda.OutOfMemoryError as error:
             reason = str(error)
         torch.cuda.empty_cache()
         log.warning("%s is out of memory: rendered on the CPU (%s)", self.device, reason)
         return run(share(pool))
+
+
+def lender(engine: Engine[Any]) -> Callable[[ModulePool], Lent]:
+    """What gives the arrays where an engine computes: the pool's own for the kernels."""
+    return engine.lend if isinstance(engine, TorchEngine) else share

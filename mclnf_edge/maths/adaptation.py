@@ -219,16 +219,19 @@ def _weights(
     with torch.no_grad():
         if rule.weighting == "none":
             return torch.ones_like(values[..., 0])
+        if rule.weighting in ("pruned", "gradncp"):
+            if rows == 1:
+                score = fi.gradncp_score(values, targets, features)
+            else:
+                score = fi.gradncp_score_of_rays(taps[-1], d[-1], rows)
         if rule.weighting == "pruned":
-            return fi.pruning_weights(fi.gradncp_score(values, targets, features), rule.keep)
+            return fi.pruning_weights(score, rule.keep)
         if rule.weighting == "residual":
             q = fi.half_squared_error(values, targets)
         elif rule.weighting == "gradncp":
-            q = fi.gradncp_score(values, targets, features).square()
+            q = score.square()
         elif rule.weighting == "factored":
-            if rows > 1:
-                raise ValueError(f"factored weights are for points, not samples of {rows} rows")
-            q = fi.factored_information(taps, d, rule.damping)
+            q = fi.factored_information(taps, d, rule.damping, rows)
         else:
             assert memory is not None
             q = fi.diagonal_information(taps, d, memory, rule.damping, rows)

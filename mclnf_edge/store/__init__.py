@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mclnf_edge.store.inspection import Problem, map_check, map_info, module_info, snapshot
 from mclnf_edge.store.ledger import FrameRow, HeldFrame, ModuleRecord, PutStatus
-from mclnf_edge.store.map_store import DURABILITY, MapStore, read_checkpoint_of
+from mclnf_edge.store.map_store import DURABILITY, MapStore
 
 __all__ = [
     "DURABILITY",
@@ -17,6 +17,5 @@ __all__ = [
     "map_check",
     "map_info",
     "module_info",
-    "read_checkpoint_of",
     "snapshot",
 ]

@@ -268,14 +268,6 @@ def read_map_id(path: Path) -> str:
         raise Corrupt(f"{path / IDENTITY}: expected a JSON object with map_id: {error}") from error
 
 
-def read_checkpoint_of(path: Path, name: str) -> tuple[Arrays, dict[str, Any]] | None:
-    """A checkpoint of the map at `path`, which need not be open; None where there is none.
-
-    Raises Corrupt.
-    """
-    return Checkpoints(path / CHECKPOINTS).load(name)
-
-
 def _require_map(path: Path) -> None:
     if not (path / IDENTITY).exists() or not (path / LEDGER).exists():
         raise StoreError(f"{path}: expected a map directory with {IDENTITY} and {LEDGER}")

@@ -18,7 +18,7 @@ Batch = tuple[Tensor, Tensor]
 AfterTask = Callable[[int, Params], None]
 
 CHUNK = 8192
-"""Coordinates evaluated at once."""
+"""Rows of a field's layers evaluated at once: coordinates, or samples of rays."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def predict(how: Learning, modules: int, params: Params, episode: Episode) -> Te
     coords = episode.coords.flatten(0, 1)
     if modules:
         coords = coords.reshape(modules, -1, *coords.shape[1:])
-    axis = 1 if modules else 0
+    axis, chunk = 1 if modules else 0, max(1, CHUNK // how.rows)
     with torch.no_grad():
-        parts = [how.field(params, c) for c in coords.split(CHUNK, dim=axis)]  # type: ignore[no-untyped-call]
+        parts = [how.field(params, c) for c in coords.split(chunk, dim=axis)]  # type: ignore[no-untyped-call]
         return torch.cat(parts, dim=axis).reshape(episode.values.shape)

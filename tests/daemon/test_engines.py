@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -59,3 +60,38 @@ def test_a_missing_cuda_device_is_said_and_nothing_is_made(tmp_path: Path) -> No
     )
     assert done.returncode != 0 and "PyTorch finds no CUDA device here" in done.stderr
     assert not (tmp_path / "map").exists()
+
+
+def test_pictures_are_made_by_onnx_runtime_where_it_is_asked_for(
+    tmp_path: Path, flight: Flight
+) -> None:
+    daemon = Daemon(tmp_path)
+    daemon.config.write_text(
+        CONFIG.replace("map: {", "map: {onnx: true, ") + "render: {engine: onnx}\n"
+    )
+    daemon.start()
+    try:
+        with daemon.client("flight") as client:
+            client.publish(flight.frames)
+            list(client.drain())
+            status = client.status()
+            assert (status["engine"], status["render_engine"]) == ("numba", "onnx")
+            reply = next(client._ask(RenderRequest(view=flight.views[0])))
+            assert isinstance(reply, RenderReply) and reply.engine == "onnx/cpu"
+            expected = {f"{m['id']}.1.onnx" for m in status["modules"]}
+            end = time.monotonic() + 30
+            while client.status()["onnx_files"] < len(expected):
+                assert time.monotonic() < end
+                time.sleep(0.1)
+            assert {path.name for path in (daemon.map / "onnx").iterdir()} == expected
+            assert client.status()["onnx_refused"] == 0
+        first = held_out(daemon, flight)
+        assert daemon.stop() == 0
+        daemon.config.write_text(CONFIG)
+        daemon.start()
+        with daemon.client() as client:
+            assert client.status()["render_engine"] == "numba"
+        assert held_out(daemon, flight) == pytest.approx(first, abs=0.3)
+    finally:
+        if daemon.process is not None and daemon.process.poll() is None:
+            daemon.kill()

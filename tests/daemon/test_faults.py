@@ -20,6 +20,8 @@ import pytest
 import zmq
 
 from mclnf_edge.client import Client
+from mclnf_edge.daemon.sockets import ROUND
+from mclnf_edge.errors import RemoteError
 from mclnf_edge.mapping.initialization import load_init, save_init
 from mclnf_edge.store import MapStore, map_check
 from mclnf_edge.types import Camera, Frame, View
@@ -50,13 +52,27 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 
 
 @contextmanager
-def raw(daemon: Daemon) -> Iterator[zmq.Socket[bytes]]:
+def raw(address: str) -> Iterator[zmq.Socket[bytes]]:
     """A bare socket to it."""
     context = zmq.Context[zmq.Socket[bytes]]()
     with context, context.socket(zmq.DEALER) as bare:
         bare.linger = 0
-        bare.connect(daemon.address)
+        bare.connect(address)
         yield bare
+
+
+@contextmanager
+def broken(fault: str, folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A daemon with a fault of `tests.daemon.broken` in its compute thread, and its address."""
+    words = [sys.executable, "-m", "tests.daemon.broken", fault, str(folder)]
+    with folder.with_suffix(".log").open("w") as log:
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, text=True)
+    with process:
+        try:
+            assert process.stdout is not None
+            yield process, process.stdout.readline().removeprefix("ready ").strip()
+        finally:
+            process.kill()
 
 
 def moved(frame: Frame, seq: int, metres: float) -> Frame:
@@ -82,7 +98,7 @@ def test_a_client_that_never_reads_costs_bounded_memory(shared: Daemon) -> None:
     before = serves(shared)
     view = View(Camera(600, 600, 600.0, 600.0, 300.0, 300.0), np.eye(4))
     asked = encode(RenderRequest(view=view, encoding="raw"))
-    with raw(shared) as deaf:
+    with raw(shared.address) as deaf:
         deaf.rcvhwm = 1
         for _ in range(250):  # a megabyte each
             deaf.send_multipart(asked)
@@ -114,12 +130,12 @@ def test_oversized_messages_end_their_connection_or_are_named(
     shared: Daemon, flight: Flight
 ) -> None:
     before = serves(shared)
-    with raw(shared) as big:
+    with raw(shared.address) as big:
         big.send_multipart([b"x" * (MAX_PART_BYTES + 1)])
         assert not big.poll(500)
     picture = bytes(MAX_PART_BYTES // 4 * 3)
     frame = replace(flight.frames[0], depth=b"x", mask=b"x")
-    with raw(shared) as big:
+    with raw(shared.address) as big:
         header, *_ = encode(PutFrame(id=5, session="s", stream="c", frame=frame))
         big.send_multipart([header, picture, picture, picture])
         assert big.poll(10_000)
@@ -129,7 +145,7 @@ def test_oversized_messages_end_their_connection_or_are_named(
 
 
 def test_another_protocol_version_is_told_so(shared: Daemon) -> None:
-    with raw(shared) as old:
+    with raw(shared.address) as old:
         for version in ([0, 9], [99, 0]):
             old.send_multipart([msgpack.packb({"v": version, "t": "status", "i": 7, "f": {}})])
             assert old.poll(10_000)
@@ -227,7 +243,9 @@ def _spoil(link: TcpProxy) -> None:
 def test_four_flooding_streams_do_not_starve_a_modest_one(daemon: Daemon, flight: Flight) -> None:
     """The flood knows no credit; the modest client is answered within seconds all the same."""
     stop = threading.Event()
-    floods = [threading.Thread(target=_flood, args=(daemon, flight, i, stop)) for i in range(4)]
+    floods = [
+        threading.Thread(target=_flood, args=(daemon.address, flight, i, stop)) for i in range(4)
+    ]
     for flood in floods:
         flood.start()
     waits = []
@@ -247,9 +265,28 @@ def test_four_flooding_streams_do_not_starve_a_modest_one(daemon: Daemon, flight
     assert all(streams[f"flood-{i}"] >= 15 for i in range(4)), "there was no flood"
 
 
-def _flood(daemon: Daemon, flight: Flight, number: int, stop: threading.Event) -> None:
+def test_a_flood_is_held_back_while_a_view_is_made(tmp_path: Path, flight: Flight) -> None:
+    """A view that never ends: a round of frames in each 0.3 s is all that is taken."""
+    with broken("paint", tmp_path / "map") as (_, address):
+        stop = threading.Event()
+        for i in range(4):
+            threading.Thread(target=_flood, args=(address, flight, i, stop), daemon=True).start()
+        try:
+            time.sleep(1.0)
+            begin = time.monotonic()
+            with Client(address, give_up_s=20) as client:
+                before = sum(s["accepted"] for s in client.status()["streams"])
+                time.sleep(3.0)
+                taken = sum(s["accepted"] for s in client.status()["streams"]) - before
+            seconds = time.monotonic() - begin
+        finally:
+            stop.set()
+    assert 0 < taken <= ROUND * (seconds / 0.3 + 1)
+
+
+def _flood(address: str, flight: Flight, number: int, stop: threading.Event) -> None:
     """Frames as fast as the socket takes them, whatever the answers say."""
-    with raw(daemon) as greedy:
+    with raw(address) as greedy:
         session, seq = f"flood-{number}", 0
         greedy.send_multipart(encode(Hello(session=session, stream="front")))
         assert isinstance(decode(greedy.recv_multipart()), Welcome)
@@ -312,19 +349,28 @@ def test_another_init_and_a_newer_format_are_refused(tmp_path: Path) -> None:
 def test_a_broken_compute_thread_ends_the_process(
     tmp_path: Path, flight: Flight, fault: str, said: str
 ) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.daemon.broken", fault, str(tmp_path / "map")],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    address = process.stdout.readline().removeprefix("ready ").strip()
-    with Client(address, give_up_s=20) as client:
-        client.hello(session="one", stream="front")
-        assert client.publish(flight.frames[:1])["accepted"] == 1
-    _, log = process.communicate(timeout=30)
-    assert process.returncode == 1 and said in log
+    with broken(fault, tmp_path / "map") as (process, address):
+        with Client(address, give_up_s=20) as client:
+            client.hello(session="one", stream="front")
+            assert client.publish(flight.frames[:1])["accepted"] == 1
+        assert process.wait(30) == 1
+    assert said in (tmp_path / "map.log").read_text()
     with MapStore.open(tmp_path / "map", create=False, read_only=True) as store:
         assert store.counts()["held"] == 1, "what was acknowledged is there for the next start"
+
+
+def test_a_drain_on_a_device_without_room_is_answered(tmp_path: Path, flight: Flight) -> None:
+    with broken("full", tmp_path / "map") as (process, address):
+        with Client(address, give_up_s=20) as client:
+            client.hello(session="one", stream="front")
+            assert client.publish(flight.frames)["accepted"] == 8
+            with pytest.raises(RemoteError, match="no room to learn") as told:
+                list(client.drain())
+            assert told.value.code == "device" and client.status()["out_of_memory"]
+        process.terminate()
+        assert process.wait(10) == 0
+    with MapStore.open(tmp_path / "map", create=False, read_only=True) as store:
+        assert store.counts()["held"] == 8
 
 
 def test_a_snapshot_of_a_map_that_adapts_is_sound_and_can_be_served(

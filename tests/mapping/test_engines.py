@@ -124,7 +124,7 @@ def test_closed_modules_stay_while_others_learn_on_copies() -> None:
     snapshot = m.close(module).snapshot
     assert snapshot is not None and m.pool is not None and m.learning()
     flights.learn(m, 5)
-    lent = m.optimizer._lend(m.pool)  # type: ignore[attr-defined]
+    lent = m.optimizer.lend(m.pool)  # type: ignore[attr-defined]
     for name in ("features", "weights", "density", "surface", "seen"):
         want = snapshot.arrays[name].astype(lent[name].numpy().dtype)
         np.testing.assert_array_equal(lent[name][module.slot].numpy(), want.reshape(-1).reshape(

@@ -251,7 +251,7 @@ def test_a_module_is_seeded_from_all_its_frames_once_the_flight_has_moved_on(
         m.settle()
         m.step()
     before = score(m, flight)
-    assert any(m._young(module) and not m._left(module) for module in m.modules.values())
+    assert not any(m._left(module) for module in m.modules.values()), "more frames may come"
     for module in m.modules.values():
         module.last_frame_at -= 60.0
     stale = [module for module in m.modules.values() if m._left(module)]
@@ -263,6 +263,53 @@ def test_a_module_is_seeded_from_all_its_frames_once_the_flight_has_moved_on(
     for module in m.modules.values():
         module.last_frame_at -= 60.0
     assert not m.settle(), "what has learned is left alone"
+
+
+def test_a_slow_flight_is_learned_as_well_as_one_that_came_at_once(flight: Flight) -> None:
+    """Modules that were through with two frames begin anew on the surface that more have shown."""
+    slow, at_once = (Mapper(MapConfig(cell_size_m=CELL_M), FIELD, ADAPT, flights.INIT, 1)
+                     for _ in range(2))  # fmt: skip
+    begun: list[int] = []
+    for i, frame in enumerate(flight.frames):
+        slow.add(i, flights.STREAM, frame)
+        slow.settle()
+        begun += [f.id for f in slow.frames.values() if f.id < i and f.rays == 0]
+        learn(slow)
+        at_once.add(i, flights.STREAM, frame)
+    assert begun, "what frames taught a module that began anew does not count"
+    for m in (slow, at_once):
+        for module in m.modules.values():
+            module.last_frame_at -= 60.0
+        m.settle()
+        learn(m)
+        assert all(f.rays >= ADAPT.min_rays_per_frame for f in m.frames.values())
+    assert score(slow, flight) > score(at_once, flight) - 0.5
+
+
+def test_a_module_that_let_frames_go_does_not_begin_anew(flight: Flight) -> None:
+    m = mapper(flight.frames[:2])
+    learn(m)
+    module = max(m.modules.values(), key=lambda module: len(module.frames))
+    assert m._may_begin_anew(module)
+    m.forget({min(module.frames): 1})
+    before, seeded = module.rays, module.seeded_with
+    for i, frame in enumerate(flight.frames[2:]):
+        m.add(2 + i, flights.STREAM, frame)
+    m.settle()
+    assert (module.rays, module.seeded_with) == (before, seeded) and before > 0
+
+
+def test_a_cell_that_one_frame_saw_is_mapped_when_no_other_came(flight: Flight) -> None:
+    m = Mapper(MapConfig(cell_size_m=CELL_M, inactivity_s=20.0), FIELD, ADAPT, flights.INIT, 1)
+    for i in (0, 4):
+        m.add(i, flights.STREAM, flight.frames[i])
+    m.settle()
+    alone = {c for f in m.frames.values() for c in f.tiles} - m.modules.keys()
+    assert alone and not m.settle(), "another frame may come"
+    for frame in m.frames.values():
+        frame.arrived -= 60.0
+    assert m.settle() and alone <= m.modules.keys()
+    assert not m.settle()
 
 
 def test_utm_sized_offsets_change_nothing(flight: Flight) -> None:

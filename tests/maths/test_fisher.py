@@ -169,6 +169,54 @@ def test_factored_information_equals_its_definition(damping: float) -> None:
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("damping", [0.0, 0.1])
+def test_other_devices_compute_the_same_factored_information(damping: float) -> None:
+    """Two modules; an input that is always zero carries no information, and no NaN."""
+    shapes = ((5, 7), (7, 3))
+    pairs = [
+        (torch.randn(2, 50, a, generator=gen(a)), torch.randn(2, 50, b, generator=gen(b)))
+        for a, b in shapes
+    ]
+    pairs[1][0][..., 2] = 0
+    taps, strided = [Tap("", x, d) for x, d in pairs], [d.mT.contiguous().mT for _, d in pairs]
+    compiled = fisher.factored_information(taps, strided, damping)
+    assert torch.isfinite(compiled).all()
+    torch.testing.assert_close(compiled, fisher._factored(pairs, damping))
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.1])
+def test_factored_information_of_rays_equals_its_definition(damping: float) -> None:
+    """From each ray's own summed gradient and F of the rows, for two modules at once."""
+    rays, rows, total = 6, 4, 0
+    shapes = ((5, 7), (7, 3))
+    pairs = [
+        tuple(torch.randn(2, rays * rows, n, generator=gen(n), dtype=torch.float64) for n in shape)
+        for shape in shapes
+    ]
+    squares, moments = [], []
+    for x, d in pairs:
+        x, d = (v.reshape(2, rays, rows, -1) for v in (x, d))
+        x = torch.cat([x, torch.ones(2, rays, rows, 1, dtype=torch.float64)], -1)
+        squares.append((x.mT @ d).square())
+        moments.append((x.unsqueeze(-1) * d.unsqueeze(-2)).square().sum((1, 2)) / rays)
+        total += squares[-1][0, 0].numel()
+    ridge = damping * sum(f.sum((-2, -1)) for f in moments) / total
+    expected = torch.zeros(2, rays, dtype=torch.float64)
+    for g, moment in zip(squares, moments, strict=True):
+        f = moment + ridge.reshape(2, 1, 1)
+        rank_one = f.sum(2, keepdim=True) * f.sum(1, keepdim=True) / f.sum((1, 2), keepdim=True)
+        expected += (g / rank_one.unsqueeze(1)).sum((-2, -1))
+    taps = [Tap("", x, x) for x, _ in pairs]
+    found = fisher.factored_information(taps, [d for _, d in pairs], damping, rows)
+    torch.testing.assert_close(found, expected)
+
+
+def test_rays_of_one_row_are_points() -> None:
+    pairs = [(torch.randn(9, 5, generator=gen(1)), torch.randn(9, 4, generator=gen(2)))]
+    alone = [(x.unsqueeze(-2), d.unsqueeze(-2)) for x, d in pairs]
+    torch.testing.assert_close(fisher._factored(alone, 0.1, 2), fisher._factored(pairs, 0.1))
+
+
 def rank_correlation(a: Tensor, b: Tensor) -> float:
     ranks = torch.stack([a.argsort().argsort(), b.argsort().argsort()]).double()
     return float(torch.corrcoef(ranks)[0, 1])
@@ -178,6 +226,14 @@ def test_factored_information_ranks_samples_like_the_exact_one() -> None:
     taps, grads = taps_of(*problem(4))
     exact = fisher.diagonal_information(taps, grads, fisher.diagonal_moment(taps, grads), 1e-3)
     assert rank_correlation(exact, fisher.factored_information(taps, grads, 1e-3)) > 0.9
+
+
+def test_factored_information_ranks_rays_like_the_exact_one() -> None:
+    taps, grads = taps_of(*problem(4))
+    exact = fisher.diagonal_information(
+        taps, grads, fisher.diagonal_moment(taps, grads, 2), 1e-3, 2
+    )
+    assert rank_correlation(exact, fisher.factored_information(taps, grads, 1e-3, 2)) > 0.9
 
 
 def test_weights_are_bounded_normalised_constant_and_ignore_scale() -> None:

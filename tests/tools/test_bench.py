@@ -18,7 +18,14 @@ from tools import bench, speed_steps  # noqa: E402
 
 
 def test_parts_that_are_kept_run_again_only_when_named() -> None:
-    assert bench.wanted(None, {"fisher": {}, "start": {}}) == ["rays", "roofline", "ingest", "meta"]
+    assert bench.wanted(None, {"fisher": {}, "start": {}}) == [
+        "views",
+        "rays",
+        "roofline",
+        "ingest",
+        "meta",
+        "processes",
+    ]
     assert bench.wanted("start,fisher", {"start": {}}) == ["start", "fisher"]
     with pytest.raises(SystemExit, match="received 'speed'"):
         bench.wanted("speed", {})

@@ -150,7 +150,8 @@ def test_a_held_out_view_is_split_by_the_bounds_of_inner_modules() -> None:
 def test_the_default_budget_is_paired_with_the_larger_one_view_by_view() -> None:
     def row(budget: float, shift: float) -> dict[str, object]:
         views = [{"frame": f"{i}", "psnr": 20 + i + shift} for i in range(5)]
-        return {"capture": "a", "seed": 0, "budget": budget, "views": views}
+        told = {"capture": "a", "seed": 0, "rate_hz": 0.5, "first_frames": None}
+        return {**told, "budget": budget, "views": views}
 
     found = bench_live.against_more([row(1, 0.0), row(4, 0.2)])
     assert found["a, budget 1 against 4"]["difference_db"] == -0.2
