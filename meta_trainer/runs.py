@@ -1,8 +1,8 @@
 """Budgets, and the runs behind every table: each method on each signal, once.
 
 Every (method, signal, seed) is one line of `runs.jsonl` in the output folder, written when it is
-done; a command that was stopped goes on with the lines that are missing. Initializations are
-trained by `trainer` into `starts/` when they are not there.
+done; a command that was stopped goes on with the lines that are missing. Initializations come
+with the package (`SHIPPED`) or are trained by `trainer` into `starts/` of the output folder.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from mclnf_edge.maths.adaptation import Rule, Weighting
 from mclnf_edge.maths.fields import NerfMlp, Params, Siren
-from meta_trainer.config import TrainConfig
+from meta_trainer.config import TrainConfig, parse_config
 from meta_trainer.data import DATASETS, Item, open_folder, open_items
 from meta_trainer.episodes import Cut, Episode
 from meta_trainer.evaluate import (
@@ -48,6 +48,7 @@ class Budget:
     search_signals: int
     search_steps: int
     frames: int = 8
+    outer_rate: float = 1e-4
 
 
 @dataclass(frozen=True)
@@ -64,16 +65,27 @@ class ViewBudget(Budget):
     inner_rate: float = 3e-2
 
 
+SOUND_OMEGA = 3000.0
+"""First layer's frequency for sound: with 30 every rate ends at silence (docs/experiments.md)."""
+
+SOUND_OUTER_RATE = 1e-4
+"""Larger outer steps of meta-training make a sound's network forget its high frequencies."""
+
+SHIPPED = Path(__file__).parent / "starts"
+"""`<budget>/<name>.pt`: trained by `tools/make_starts.py`, used where their configuration is that
+asked for."""
+
+
 def _doubling(last: int) -> tuple[int, ...]:
     return tuple(2**k for k in range(last.bit_length()))
 
 
-_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
+_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 BUDGETS = {
     b.name: b
     for b in (
         Budget("smoke", (1, 2, 4), 1, 1, 64, 16, 2, 64, (1e-2,), 1, 2, frames=4),
-        Budget("cpu", _doubling(512), 3, 4, 256, 256, 1500, 512, _RATES, 2, 64),
+        Budget("cpu", _doubling(512), 3, 4, 256, 256, 1500, 256, _RATES, 2, 64, outer_rate=3e-4),
         Budget("paper", _doubling(4096), 3, 100, 0, 256, 500_000, 0, _RATES, 8, 256),
     )
 }  # fmt: skip
@@ -129,7 +141,7 @@ class Job:
         d_in, d_out = {"image": (2, 3), "video": (3, 3), "audio": (1, 1)}[
             DATASETS[setting.dataset].kind
         ]
-        return Siren(d_in, d_out, width)
+        return Siren(d_in, d_out, width, first_omega=SOUND_OMEGA if d_in == 1 else None)
 
     def learning(self, setting: Setting, method: Method, rate: float = 1e-2) -> Learning:
         """The steps of the comparison: plain gradient steps, FIM weights for MIM only."""
@@ -147,11 +159,25 @@ def start_params(job: Job, setting: Setting, method: Method, seed: int) -> Param
     if method.start == "random":
         return field.init(torch.Generator().manual_seed(seed))
     config = start_config(job, setting, method)
-    path = Path(config.out) / "init.pt"
+    path = shipped_start(config) or Path(config.out) / "init.pt"
     if not path.is_file():
         train(config, job.root)
     params: Params = load_init(path)["params"]
     return params
+
+
+def shipped_path(config: TrainConfig) -> Path:
+    """Where the package holds the start that `config` trains, if it has one."""
+    return SHIPPED.joinpath(*Path(config.out).parts[-2:]).with_suffix(".pt")
+
+
+def shipped_start(config: TrainConfig) -> Path | None:
+    """The package's own start of this configuration; None where it has none."""
+    path = shipped_path(config)
+    if not path.is_file():
+        return None
+    held = parse_config(load_init(path)["config"])
+    return path if replace(held, out=config.out) == config else None
 
 
 def start_config(job: Job, setting: Setting, method: Method) -> TrainConfig:
@@ -165,14 +191,19 @@ def start_config(job: Job, setting: Setting, method: Method) -> TrainConfig:
         width=field.width,
         tasks=setting.tasks,
         cut=setting.cut,
+        outer_rate=budget.outer_rate,
         outer_steps=budget.meta_steps,
         batch=budget.meta_batch,
         query=budget.meta_batch,
         frames=max(budget.frames, setting.tasks),
         weighting="diagonal" if method.start == "mim" else "none",
     )
-    if not isinstance(budget, ViewBudget):
+    if isinstance(field, Siren) and field.first_omega is not None:
+        rate = min(config.outer_rate, SOUND_OUTER_RATE)
+        return replace(config, first_omega=field.first_omega, outer_rate=rate)
+    if isinstance(field, Siren):
         return config
+    assert isinstance(budget, ViewBudget)
     return replace(
         config,
         layers=budget.layers,
@@ -223,8 +254,9 @@ def run_method(job: Job, setting: Setting, name: str) -> list[dict[str, Any]]:
 
 
 def run_key(budget: Budget, setting: Setting, name: str, item: Item, seed: int) -> str:
-    """Names a run by everything that decides its result but the code."""
-    parts = [dataclasses.asdict(budget), dataclasses.asdict(setting), name, str(item.path), seed]
+    """Names a run by everything that decides its result but the code and the data's own folder."""
+    file = "/".join(item.path.parts[-3:])
+    parts = [dataclasses.asdict(budget), dataclasses.asdict(setting), name, file, seed]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -40,6 +40,9 @@ ROOM = "learning goes on with fewer rays, or stops while frames are still taken"
 STRANGERS = "strangers get nothing"
 FLOOD = "a flood of frames does not hold up views"
 MALFORMED = "malformed messages harm nobody"
+SLOW = "a slow disk holds up no view and no status: frames wait for it, or are told busy"
+FAILING = "a full, read-only or failing disk: publishers are told busy, views go on, then work too"
+STUCK = "a disk that never answers ends the process with 1"
 
 BY_HAND = ("memory stays flat",)
 """Promises whose proof takes half an hour: `tools/soak.py`."""
@@ -75,7 +78,7 @@ MECHANISMS = (
     ),
     Mechanism(
         KEPT, "frames are acknowledged half a second before they are committed",
-        "mclnf_edge/daemon/service.py",
+        "mclnf_edge/daemon/desk.py",
         "            statuses = self.store.put_frames([put.row for put in puts], self._rejected)\n",
         '            statuses = ["accepted" for _ in puts]\n'
         "            late = ([put.row for put in puts], dict(self._rejected))\n"
@@ -234,6 +237,7 @@ MECHANISMS = (
         (
             _CLIENT + "test_publishing_survives_cuts",
             _FAULTS + "test_a_bad_network_loses_and_doubles_nothing",
+            "tests/daemon/test_network.py::test_a_lossy_reordering_link_loses_and_doubles_nothing",
         ),
     ),
     Mechanism(
@@ -271,6 +275,47 @@ MECHANISMS = (
         "mclnf_edge/daemon/service.py",
         "        if stalled > self.config.watch.hang_s:\n", "        if False:\n",
         (_FAULTS + "test_a_broken_compute_thread_ends_the_process",),
+    ),
+    Mechanism(
+        SLOW, "reads wait for the commit that is under way", "mclnf_edge/store/database.py",
+        '        with self._read_lock, self._translated("reading"):\n',
+        '        with self._lock, self._translated("reading"):\n',
+        (_FAULTS + "test_a_slow_disk_holds_up_no_view",),
+    ),
+    Mechanism(
+        SLOW, "the socket waits for the desk", "mclnf_edge/daemon/service.py",
+        "_PATIENCE_S = 0.1\n", "_PATIENCE_S = 100.0\n",
+        (_FAULTS + "test_a_slow_disk_holds_up_no_view",),
+    ),
+    Mechanism(
+        SLOW, "the compute thread waits for the disk", "mclnf_edge/daemon/worker.py",
+        "                result = self._on_disk(act)\n", "                result = act()\n",
+        (_FAULTS + "test_a_slow_disk_holds_up_no_view",),
+    ),
+    Mechanism(
+        SLOW, "nobody is told that the disk is slow", "mclnf_edge/daemon/desk.py",
+        "self.stalled_s > _SLOW_S or", "False or",
+        (_FAULTS + "test_a_slow_disk_holds_up_no_view",),
+    ),
+    Mechanism(
+        FAILING, "a frame that the disk refuses is forgotten", "mclnf_edge/daemon/desk.py",
+        "        except DiskFull as error:\n", "        except MemoryError as error:\n",
+        (_FAULTS + "test_a_failing_disk_is_busy_and_work_goes_on_after_it",),
+    ),
+    Mechanism(
+        FAILING, "the compute thread ends when the disk refuses", "mclnf_edge/daemon/worker.py",
+        "            except DiskFull as error:\n", "            except MemoryError as error:\n",
+        (_FAULTS + "test_a_failing_disk_is_busy_and_work_goes_on_after_it",),
+    ),
+    Mechanism(
+        FAILING, "a broken handle is not opened anew", "mclnf_edge/daemon/desk.py",
+        "                self.store.reopen()\n", "                pass\n",
+        (_FAULTS + "test_a_failing_disk_is_busy_and_work_goes_on_after_it",),
+    ),
+    Mechanism(
+        STUCK, "the thread at the ledger is not watched", "mclnf_edge/daemon/service.py",
+        "        if self.desk.stalled_s > self.config.watch.hang_s:\n", "        if False:\n",
+        (_FAULTS + "test_a_disk_that_never_answers_ends_the_process",),
     ),
     Mechanism(
         RESIDENT, "no module ever leaves memory", "mclnf_edge/mapping/residency.py",

@@ -18,6 +18,7 @@ from mclnf_edge.daemon.sockets import Endpoint
 from mclnf_edge.daemon.worker import Worker
 from mclnf_edge.errors import ConfigError, MapMismatch, ProtocolError
 from mclnf_edge.mapping.engines import open_start
+from mclnf_edge.mapping.initialization import Initialization, SignalInitialization
 from mclnf_edge.store import MapStore
 from mclnf_edge.wire.keys import load_public, load_secret
 from mclnf_edge.wire.link import Link
@@ -106,19 +107,23 @@ def serve_mirror(
             if "follows" not in store.meta():
                 _refuse_own_map(store)
                 follower.first_word()
-            if "field" not in store.meta():
-                raise MapMismatch(
-                    f"--follow {leader}: expected a map of posed frames; maps of pictures, videos "
-                    "and sounds cannot be mirrored"
-                )
-            adapted = replace(config, field=FieldConfig(**store.meta()["field"]))
-            adapted = computing(adapted, device)
+            adapted, start = _as_the_map_says(config, device, store.meta())
             made = partial(MirrorWorker, follower)
-            service = MirrorService(adapted, store, endpoint, made, open_start(adapted, None))
+            service = MirrorService(adapted, store, endpoint, made, start)
             service.leader = leader
             return service.run(on_ready)
         finally:
             endpoint.close()
+
+
+def _as_the_map_says(
+    config: ServeConfig, device: str | None, meta: dict[str, Any]
+) -> tuple[ServeConfig, Initialization | SignalInitialization]:
+    """The settings and a start of the right shapes to show a map with; it learns nothing."""
+    if "signal" in meta:
+        return computing(config, device), SignalInitialization.of_meta(meta["signal"])
+    adapted = computing(replace(config, field=FieldConfig(**meta["field"])), device)
+    return adapted, open_start(adapted, None)
 
 
 def _refuse_own_map(store: MapStore) -> None:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -143,6 +144,7 @@ class Worker(threading.Thread):
         self._renders: deque[RenderJob] = deque()
         self._painting = False
         self._wake = threading.Condition()
+        self._disk = ThreadPoolExecutor(1, "disk")
         self._work = True
         self._stopping = False
         self._drain = False
@@ -233,6 +235,7 @@ class Worker(threading.Thread):
         finally:
             if self._trial is not None:
                 self._trial.stop()
+            self._disk.shutdown(wait=False)
 
     def _prepare(self) -> None:
         """Frames are taken meanwhile; renders wait."""
@@ -471,6 +474,28 @@ class Worker(threading.Thread):
             log.info("task %s committed as version %d", *about.values(), extra=about)
             self._serve_renders()
 
+    def _on_disk(self, act: Callable[[], Any]) -> Any:
+        """`act()`, which may take the disk seconds; renders go on meanwhile, nothing else does.
+
+        Raises what `act` raises, and StoreError for a disk that does not come back.
+        """
+        job, self.beat = self._disk.submit(act), time.monotonic()
+        end = time.monotonic() + self.config.watch.hang_s
+        job.add_done_callback(lambda _: self._rouse())
+        while not job.done():
+            with self._wake:
+                if not (job.done() or self._renders):
+                    self._wake.wait(1.0)
+            self._serve_renders()
+            if time.monotonic() > end:
+                raise StoreError(f"{self.store.path}: the disk has not answered for "
+                                 f"{self.config.watch.hang_s:.0f} s")  # fmt: skip
+        return job.result()
+
+    def _rouse(self) -> None:
+        with self._wake:
+            self._wake.notify()
+
     def _stored(self, act: Callable[[], Any]) -> Any:
         """Repeat a read or write until the disk takes it; renders go on meanwhile.
 
@@ -478,7 +503,7 @@ class Worker(threading.Thread):
         """
         while True:
             try:
-                result = act()
+                result = self._on_disk(act)
                 self.disk_full = False
                 return result
             except DiskFull as error:
@@ -506,7 +531,7 @@ class Worker(threading.Thread):
         arrays, meta = self.mapper.checkpoint()
         self._checkpoint_due = time.monotonic() + self.config.watch.checkpoint_s
         try:
-            self.store.checkpoint_save(OPEN_WORK, arrays, meta)
+            self._on_disk(lambda: self.store.checkpoint_save(OPEN_WORK, arrays, meta))
             while self._ended:
                 self._keep_task(*self._ended[-1], "ended")
                 self._ended.pop()

@@ -1,7 +1,8 @@
 """The SQLite file under the ledger: how it is opened, locked, failed, reopened and reclaimed.
 
-WAL with synchronous=FULL: a commit is durable when it returns. One connection behind one lock
-serves all threads. A failed fsync or I/O error poisons the handle: what the kernel then holds of
+WAL with synchronous=FULL: a commit is durable when it returns. All threads share one connection
+that writes and one that only reads, each behind a lock of its own: nobody who reads waits for a
+commit on a slow disk. A failed fsync or I/O error poisons the handle: what the kernel then holds of
 the file may never reach the disk, so nothing more is accepted until `reopen`.
 """
 
@@ -101,18 +102,19 @@ class Database:
         self.path, self.read_only = path, read_only
         self._connect = connect_read_only if read_only else connect
         self._files = files
-        self._lock = threading.RLock()
+        self._lock, self._read_lock = threading.Lock(), threading.Lock()
         self._failure = ""
-        self._connection = self._open()
+        self._connection = self._open(READ_PRAGMAS if read_only else PRAGMAS)
+        self._reader = self._connection if read_only else self._open(READ_PRAGMAS)
 
-    def _open(self) -> Connection:
+    def _open(self, pragmas: Sequence[str]) -> Connection:
         with self._translated("opening"):
             connection = self._connect(self.path)
             try:
-                for pragma in READ_PRAGMAS if self.read_only else PRAGMAS:
+                for pragma in pragmas:
                     connection.execute(f"PRAGMA {pragma}").fetchall()
                 bring_to_format(connection, self.path, self.read_only)
-                if not self.read_only:
+                if pragmas is PRAGMAS:
                     # SQLite never syncs the directory for the main file's own entry.
                     self._files.fsync_dir(self.path.parent)
             except BaseException:
@@ -140,9 +142,9 @@ class Database:
             log.debug("no transaction was left to roll back in %s", self.path)
 
     def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
-        """Every row of a query."""
-        with self._lock, self._translated("reading"):
-            return self._connection.execute(sql, parameters).fetchall()
+        """Every row of a query, of what was committed when it began."""
+        with self._read_lock, self._translated("reading"):
+            return self._reader.execute(sql, parameters).fetchall()
 
     def reclaim(self) -> bool:
         """Wipe what was let go: empty the WAL, and shrink the main file to little spare room.
@@ -183,28 +185,30 @@ class Database:
         reached the disk. Its copy in memory is therefore written again, to a new file, before
         anything may build on it.
         """
-        with self._lock:
+        with self._lock, self._read_lock:
             wal = wal_of(self.path)
             if wal.exists():
                 write_durably(wal, wal.read_bytes(), self._files)
             self._close()
             self._failure = ""
             try:
-                self._connection = self._open()
+                self._connection = self._open(PRAGMAS)
+                self._reader = self._open(READ_PRAGMAS)
             except BaseException as error:
                 self._failure = f"reopening: {error}"
                 raise
 
     def close(self) -> None:
-        """Close the handle."""
-        with self._lock:
+        """Close both handles."""
+        with self._lock, self._read_lock:
             self._close()
 
     def _close(self) -> None:
-        try:
-            self._connection.close()
-        except sqlite3.Error as error:
-            log.warning("closing %s: %s", self.path, error)
+        for connection in (self._reader, self._connection):  # the last one empties the WAL
+            try:
+                connection.close()
+            except sqlite3.Error as error:
+                log.warning("closing %s: %s", self.path, error)
 
     @contextmanager
     def _translated(self, doing: str) -> Iterator[None]:

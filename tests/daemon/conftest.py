@@ -29,8 +29,12 @@ watch: {checkpoint_s: 1.0}
 class Daemon:
     """`mclnf-edge serve` on a map; `start` may be called again after `kill` or `stop`."""
 
-    def __init__(self, folder: Path, *words: str) -> None:
-        self.map, self.words = folder / "map", words
+    def __init__(
+        self, folder: Path, *words: str, host: str | None = None, bind: str = "tcp://127.0.0.1:0"
+    ) -> None:
+        """`host`: the network namespace it runs in."""
+        self.map, self.words, self.bind = folder / "map", words, bind
+        self.inside = [] if host is None else ["ip", "netns", "exec", host]
         self.log = folder / "daemon.log"
         self.config = folder / "serve.yaml"
         self.config.write_text(CONFIG)
@@ -39,11 +43,11 @@ class Daemon:
 
     def start(self) -> Daemon:
         """Run it and wait for the line that says where it listens."""
-        words = ["serve", "--map", str(self.map), "--bind", "tcp://127.0.0.1:0"]
+        words = [*self.inside, sys.executable, "-m", "mclnf_edge.cli", "serve"]
+        words += ["--map", str(self.map), "--bind", self.bind, "--config", str(self.config)]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "mclnf_edge.cli", *words, "--config", str(self.config)]
-                + list(self.words),
+                words + list(self.words),
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,

@@ -36,6 +36,7 @@ from mclnf_edge.wire.messages import (
     StatusRequest,
     Welcome,
 )
+from tests.daemon.broken import SLOW_S
 from tests.daemon.conftest import CONFIG, Daemon
 from tests.mapping.flights import Flight
 from tests.wire.tcp_proxy import TcpProxy
@@ -371,6 +372,94 @@ def test_a_drain_on_a_device_without_room_is_answered(tmp_path: Path, flight: Fl
         assert process.wait(10) == 0
     with MapStore.open(tmp_path / "map", create=False, read_only=True) as store:
         assert store.counts()["held"] == 8
+
+
+def test_a_slow_disk_holds_up_no_view(tmp_path: Path, flight: Flight) -> None:
+    """Every fsync takes 2 s: publishers wait or are told busy, views and status come at once."""
+    waits: dict[str, list[float]] = {"render": [], "status": []}
+    stop = threading.Event()
+
+    def ask() -> None:
+        with Client(address, give_up_s=60) as client:
+            while not stop.is_set():
+                for name, call in (("render", lambda: client.render(view)),
+                                   ("status", client.status)):  # fmt: skip
+                    asked = time.monotonic()
+                    call()
+                    waits[name].append(time.monotonic() - asked)
+                time.sleep(0.05)
+
+    with broken("slow", tmp_path / "map") as (_, address):
+        view = replace(flight.views[0], camera=Camera(32, 24, 30.0, 30.0, 16.0, 12.0))
+        with Client(address, give_up_s=60) as client:
+            client.render(view)  # until the kernels are ready
+            asking = threading.Thread(target=ask)
+            asking.start()
+            client.hello(session="one", stream="front")
+            asked = time.monotonic()
+            assert client.publish(flight.frames[:4])["accepted"] == 4
+            assert time.monotonic() - asked > 0.9 * SLOW_S, "accepted before it was durable"
+            with raw(address) as hasty:
+                hasty.send_multipart(encode(Hello(session="two", stream="front")))
+                assert isinstance(decode(hasty.recv_multipart()), Welcome)
+                for number in (4, 5):  # the second while the first is being kept
+                    put = PutFrame(session="two", stream="front", frame=flight.frames[number])
+                    hasty.send_multipart(encode(put))
+                    time.sleep(0.5 * SLOW_S)
+                told = [decode(hasty.recv_multipart()) for _ in range(2)]
+            acks = [ack for reply in told if isinstance(reply, Acks) for ack in reply.acks]
+            assert [(a.seq, a.status, a.code) for a in acks] == [
+                (5, "busy", "slow-disk"), (4, "accepted", ""),
+            ]  # fmt: skip
+            end = time.monotonic() + 120
+            for progress in client.drain():
+                assert time.monotonic() < end
+                if progress.modules_closed > 0:
+                    break
+            else:
+                pytest.fail("no module was committed")
+            stop.set()
+            asking.join()
+    assert len(waits["render"]) > 30
+    assert max(waits["render"]) < 0.7 * SLOW_S and max(waits["status"]) < 0.7 * SLOW_S
+
+
+@pytest.mark.parametrize("kind", ["full", "readonly", "broken"])
+def test_a_failing_disk_is_busy_and_work_goes_on_after_it(
+    tmp_path: Path, flight: Flight, kind: str
+) -> None:
+    fault = tmp_path / "map.fault"
+    with broken("disk", tmp_path / "map") as (process, address):
+        with Client(address, give_up_s=90) as client, Client(address, give_up_s=90) as viewer:
+            client.hello(session="one", stream="front")
+            assert client.publish(flight.frames[:4])["accepted"] == 4
+            while not any(m["steps"] for m in viewer.status()["modules"]):
+                time.sleep(0.1)
+            fault.write_text(kind)
+            sending = threading.Thread(target=client.publish, args=(flight.frames[4:],))
+            sending.start()
+            end = time.monotonic() + 6.0  # longer than a checkpoint waits
+            while time.monotonic() < end:
+                viewer.render(flight.views[0], 16, 12)
+                status = viewer.status()
+            assert status["health"]["disk_full"] and status["streams"][0]["accepted"] == 4
+            fault.unlink()
+            sending.join()
+            assert client.counts["accepted"] == 8
+            assert list(client.drain())[-1].modules_closed > 0
+        process.terminate()
+        assert process.wait(20) == 0
+    assert map_check(tmp_path / "map") == []
+    with MapStore.open(tmp_path / "map", create=False, read_only=True) as store:
+        counts = store.counts()
+    assert (counts["held"], counts["done"]) == (0, 8)
+
+
+def test_a_disk_that_never_answers_ends_the_process(tmp_path: Path, flight: Flight) -> None:
+    with broken("stuck", tmp_path / "map") as (process, address), raw(address) as publisher:
+        publisher.send_multipart(encode(Hello(session="one", stream="front")))
+        assert process.wait(60) == 1
+    assert "the disk has not answered" in (tmp_path / "map.log").read_text()
 
 
 def test_a_snapshot_of_a_map_that_adapts_is_sound_and_can_be_served(

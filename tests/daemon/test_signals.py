@@ -16,6 +16,8 @@ from mclnf_edge.errors import RemoteError
 from mclnf_edge.images import encode_image
 from mclnf_edge.types import Frame
 from tests.daemon.conftest import Daemon
+from tests.daemon.test_mirror import followed
+from tests.daemon.test_serve import files_of
 from tests.mapping.flights import Flight
 from tests.mapping.test_signals import picture
 
@@ -66,6 +68,7 @@ def test_pictures_are_mapped_across_a_restart_and_compared(tmp_path: Path, fligh
         code, _, _ = command("render", *words, *to)
         assert code == 0 and cv2.imread(str(shown)).shape == (80, 96, 3)
         refused(daemon, flight.frames[0])
+        mirrored(daemon, tmp_path / "mirror")
         assert daemon.stop() == 0
     finally:
         if daemon.process is not None and daemon.process.poll() is None:
@@ -73,6 +76,28 @@ def test_pictures_are_mapped_across_a_restart_and_compared(tmp_path: Path, fligh
     assert command("map", "check", str(daemon.map))[0] == 0
     code, _, told = command("serve", "--map", str(daemon.map), "--bind", "tcp://127.0.0.1:0")
     assert code == 1 and "expected modality 'image', received 'posed'" in told
+
+
+def mirrored(leader: Daemon, folder: Path) -> None:
+    """A ground station shows what its leader shows, bit for bit."""
+    folder.mkdir()
+    mirror = Daemon(folder, "--follow", leader.address).start()
+    try:
+        followed(mirror, len(files_of(leader.map)))
+        assert files_of(mirror.map) == files_of(leader.map)
+        shown = []
+        for daemon in (leader, mirror):
+            with Client(daemon.address, give_up_s=20) as client:
+                assert client.status()["modality"] == "image"
+                shown.append(client.render_signal(time_s=0.0, stream="two").data)
+        assert (
+            shown[0] == shown[1]
+            and cv2.imdecode(np.frombuffer(shown[0], np.uint8), cv2.IMREAD_COLOR).std() > 10
+        )
+        assert mirror.stop() == 0
+    finally:
+        mirror.kill()
+    assert command("map", "check", str(mirror.map))[0] == 0
 
 
 def refused(daemon: Daemon, frame: Frame) -> None:

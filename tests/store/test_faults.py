@@ -93,12 +93,17 @@ def test_a_full_disk_refuses_and_goes_on_when_there_is_room(tmp_path: Path) -> N
         store.put_stream(SESSION, STREAM, {})
         store.put_frames(rows(0, 2))
         pages = store.ledger.database.rows("PRAGMA page_count")[0][0]
-        store.ledger.database.rows(f"PRAGMA max_page_count={pages + 2}")
+        _allow_pages(store, pages + 2)
         with pytest.raises(DiskFull, match="full"):
             store.put_frames(rows(2, 30))
         assert [frame.seq for frame in store.held_frames()] == [0, 1]
-        store.ledger.database.rows("PRAGMA max_page_count=1000000")
+        _allow_pages(store, 1_000_000)
         assert store.put_frames(rows(2, 30)) == ["accepted"] * 30
+
+
+def _allow_pages(store: MapStore, pages: int) -> None:
+    with store.ledger.database.transaction() as connection:
+        connection.execute(f"PRAGMA max_page_count={pages}")
 
 
 def test_a_closed_or_failed_handle_accepts_nothing(tmp_path: Path) -> None:
