@@ -145,7 +145,7 @@ class Service:
                 if len(batch) == ROUND:
                     self._give_way()
                 if not self._healthy():
-                    self._give_up()
+                    self._leave(1)  # worse than none: it answers but does not learn or keep
             return self._shut_down()
         finally:
             for handled, handler in previous.items():
@@ -298,14 +298,13 @@ class Service:
         self._notify.watchdog()
         return True
 
-    def _give_up(self) -> NoReturn:
-        """A daemon that answers but cannot learn is worse than none: end, to be started again.
+    def _leave(self, code: int) -> NoReturn:
+        """End at once: a thread that is stuck in native code or in the disk cannot be ended.
 
-        At once, since a thread that is stuck in native code or in the disk cannot be ended; what
-        was acknowledged is on disk.
+        What was acknowledged is on disk.
         """
         logging.shutdown()
-        os._exit(1)
+        os._exit(code)
 
     def _shut_down(self) -> int:
         self._notify.send("STOPPING=1")
@@ -313,11 +312,15 @@ class Service:
         for thread in (self.desk, self.worker):
             thread.stop()
         for thread in (self.desk, self.worker):
+            if thread is self.worker and self.worker.compiling:
+                log.info("stopped while kernels are compiled, %d frames kept", self.desk.frames)
+                self._flush()
+                self._leave(0)
             thread.join(max(end - time.monotonic(), 0.0))
             if thread.is_alive():
                 seconds = self.config.watch.drain_s
                 log.error("thread %s did not stop within %.0f s", thread.name, seconds)
-                self._give_up()
+                self._leave(1)
         self._flush()
         uptime = time.monotonic() - self._started
         log.info("stopped after %.0f s, %d frames kept", uptime, self.desk.frames)

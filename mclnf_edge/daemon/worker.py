@@ -100,7 +100,8 @@ class Worker(threading.Thread):
     """Start it, `submit` renders, `nudge` it when frames were kept, `stop` and `join` it.
 
     `send(peer, message)` and `done()` are called from this thread. `error` holds what ended the
-    thread, None while it is sound. `state` is replaced as a whole, never changed.
+    thread, None while it is sound; while `compiling` it cannot be stopped and has nothing to save.
+    `state` is replaced as a whole, never changed.
     """
 
     def __init__(
@@ -132,7 +133,7 @@ class Worker(threading.Thread):
 
                 self._exports = Exports(store, config.field)
         self.error: BaseException | None = None
-        self.beat = time.monotonic()
+        self.beat, self.compiling = time.monotonic(), False
         self.ready = threading.Event()
         self.state: dict[str, Any] = {
             "modules": [], "engine": self.engine, "render_engine": self.painter, "steps": 0
@@ -242,8 +243,9 @@ class Worker(threading.Thread):
         if not isinstance(self.mapper, Mapper):
             return  # signals run on torch
         log.info("preparing kernels; on a machine's first start the compiler takes minutes")
-        self.beat = time.monotonic() + _COMPILE_S
+        self.beat, self.compiling = time.monotonic() + _COMPILE_S, True
         warm_up(self.config, self.mapper.threads)
+        self.compiling = False
         log.info("kernels are ready")
         if self.config.render.engine == "auto" and self._render_ms is None:
             self._trial = painters.Trial(self.config)

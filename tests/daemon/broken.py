@@ -1,4 +1,4 @@
-"""`python -m tests.daemon.broken crash|hang|paint|full|slow|stuck|disk MAP`: a daemon with one fault.
+"""`python -m tests.daemon.broken FAULT MAP`: a daemon with one fault (see `main`).
 
 The compute thread's, or the disk's. Everything else is the daemon's own: the loop, the desk, the
 store, the socket, the supervision.

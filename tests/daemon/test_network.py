@@ -12,7 +12,6 @@ import pytest
 
 from mclnf_edge.client import Client
 from mclnf_edge.store import MapStore, map_check
-from mclnf_edge.wire.keys import keygen
 from tests.daemon.conftest import Daemon
 from tests.mapping.flights import flight
 from tests.wire import lossy_link

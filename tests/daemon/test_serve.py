@@ -262,3 +262,15 @@ def test_two_streams_at_once(daemon: Daemon, flight: Flight) -> None:
     assert drained(daemon).done
     with daemon.client() as client:
         assert sorted(s["accepted"] for s in client.status()["streams"]) == [4, 4]
+
+
+def test_a_first_start_takes_frames_and_ends_while_kernels_are_compiled(
+    tmp_path: Path, flight: Flight, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "cold"))
+    daemon = Daemon(tmp_path).start()
+    send(daemon, flight.frames[:2])
+    assert daemon.stop() == 0
+    assert "while kernels are compiled" in daemon.log.read_text()
+    with MapStore.open(daemon.map, read_only=True) as store:
+        assert store.counts()["held"] == 2
