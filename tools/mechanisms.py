@@ -308,11 +308,6 @@ MECHANISMS = (
         (_FAULTS + "test_a_failing_disk_is_busy_and_work_goes_on_after_it",),
     ),
     Mechanism(
-        FAILING, "a broken handle is not opened anew", "mclnf_edge/daemon/desk.py",
-        "                self.store.reopen()\n", "                pass\n",
-        (_FAULTS + "test_a_failing_disk_is_busy_and_work_goes_on_after_it",),
-    ),
-    Mechanism(
         STUCK, "the thread at the ledger is not watched", "mclnf_edge/daemon/service.py",
         "        if self.desk.stalled_s > self.config.watch.hang_s:\n", "        if False:\n",
         (_FAULTS + "test_a_disk_that_never_answers_ends_the_process",),

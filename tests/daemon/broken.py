@@ -120,7 +120,8 @@ def main() -> int:
     fault, folder = sys.argv[1], Path(sys.argv[2])
     kinds = {"crash": Crashing, "hang": Hanging, "paint": Painting, "full": Full}
     seconds = {"slow": SLOW_S, "stuck": 600.0}.get(fault, 0.0)
-    watch = WatchConfig(hang_s=60.0 if fault in ("slow", "disk") else 2.0, checkpoint_s=3.0)
+    failing = fault in ("slow", "disk")
+    watch = WatchConfig(hang_s=60.0 if failing else 2.0, checkpoint_s=3.0 if failing else 30.0)
     config = ServeConfig(
         map=MapConfig(cell_size_m=flights.CELL_M), field=flights.FIELD, adapt=flights.ADAPT,
         watch=watch,

@@ -38,7 +38,8 @@ def publish(address: str, keys: str, spool: str) -> None:
             client.submit(replace(frame, seq=number, T_world_camera=pose))
             time.sleep(0.05)
         client.flush()
-        print(dict(client.counts), client.waiting, flush=True)
+        assert client.counts.keys() <= {"accepted", "duplicate"}  # by an answer that was lost
+        print(client.counts.total(), client.waiting, flush=True)
 
 
 @pytest.mark.skipif(bool(lossy_link.why_not()), reason=lossy_link.why_not() or "-")
@@ -65,7 +66,7 @@ def test_a_lossy_reordering_link_loses_and_doubles_nothing(tmp_path: Path) -> No
             )  # fmt: skip
             faults.join()
             assert told.returncode == 0, told.stderr
-            assert told.stdout.strip() == f"{{'accepted': {FRAMES}}} 0"
+            assert told.stdout.split() == [str(FRAMES), "0"], "each has one final answer"
             assert link.lost > 20 and link.reordered > 50
             assert daemon.stop() == 0
         finally:
