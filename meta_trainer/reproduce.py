@@ -310,6 +310,8 @@ def reproduce(
 ) -> dict[str, Any]:
     """Compute one table or figure; returns and writes `<out>/<target>-<budget>.json`.
 
+    One data set's, or a folder's, has its name behind the budget's.
+
     Raises:
         ConfigError: an unknown target, budget or data set, or `folder` without `dataset`.
         CaptureError: a data set that is not there.
@@ -336,8 +338,8 @@ def reproduce(
         "machine": machine(),
         "wall_s": round(time.monotonic() - begun, 1),
     }
-    part = "-views" if isinstance(job.budget, ViewBudget) else ""
-    (out / f"{target}-{budget}{part}.json").write_text(json.dumps(result, indent=1))
+    part = [target, budget, *([dataset] if dataset else []), *([folder.name] if folder else [])]
+    (out / f"{'-'.join(part)}.json").write_text(json.dumps(result, indent=1))
     return result
 
 

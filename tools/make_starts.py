@@ -3,18 +3,22 @@
 Each data set's five learned starts (MOL, MAML+CL, OML, mod, MIM) at the `cpu` budget, as
 `python -m meta_trainer reproduce` would train them, are put into `meta_trainer/starts/cpu/`, where
 every later `reproduce` finds them. Stopped and started again it goes on; `--methods` shares the
-work among processes. Each run's log says how long it took (`log.csv` below `--out`).
+work among processes. What each training took is added to `tools/results/starts.json`.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from meta_trainer.config import TrainConfig  # noqa: E402
 from meta_trainer.methods import METHODS, STARTS  # noqa: E402
 from meta_trainer.reproduce import STAND_INS  # noqa: E402
 from meta_trainer.runs import (  # noqa: E402
@@ -27,6 +31,9 @@ from meta_trainer.runs import (  # noqa: E402
     start_config,
 )
 from meta_trainer.trainer import train  # noqa: E402
+from tools.measure import open_results, save  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results" / "starts.json"
 
 
 def main() -> int:
@@ -48,7 +55,27 @@ def main() -> int:
                 path = shipped_path(config)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(train(config, asked.root), path)
+                keep(took(config, path))
     return 0
+
+
+def took(config: TrainConfig, path: Path) -> dict[str, Any]:
+    """Name, size and cost of a training that just ended, from its log; seconds are wall time."""
+    with (Path(config.out) / "log.csv").open(newline="", encoding="utf-8") as file:
+        last = list(csv.DictReader(file))[-1]
+    return {
+        "name": path.stem, "dataset": config.dataset, "steps": int(last["step"]),
+        "episodes": config.episodes * int(last["step"]), "seconds": float(last["seconds"]),
+        "query_psnr": float(last["psnr"]), "bytes": path.stat().st_size,
+        "load": round(os.getloadavg()[0], 2),
+    }  # fmt: skip
+
+
+def keep(row: dict[str, Any]) -> None:
+    """Put a row into the results, in the place of an older one of its name."""
+    results = open_results(RESULTS, {"budget": "cpu"})
+    results["rows"] = [r for r in results["rows"] if r["name"] != row["name"]] + [row]
+    save(RESULTS, results)
 
 
 if __name__ == "__main__":

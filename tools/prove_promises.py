@@ -49,7 +49,8 @@ def main() -> int:
         tree = copy_tree(Path(folder) / "tree")
         for mechanism in chosen(given.rows):
             row = {**describe(mechanism), "sources": sources(mechanism)}
-            if any(kept.items() >= row.items() for kept in results["rows"]):
+            kept = {**row, "outcome": "noticed"}
+            if any(known.items() >= kept.items() for known in results["rows"]):
                 continue
             row |= prove(tree, mechanism)
             results["rows"] = [r for r in results["rows"] if r["gone"] != row["gone"]] + [row]

@@ -20,8 +20,12 @@ from mclnf_edge.engine.field import JIT
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 
-NO_VIEWS = 1.0
-"""Cost of a point that fewer than two pictures see."""
+MOST = 1.0
+"""The largest cost: pictures that have nothing in common."""
+
+NO_VIEWS = 0.3
+"""Cost of a point that fewer than two pictures see: less than that of pictures that differ, else
+ground at the edge of what was seen sinks to where a second picture would see it."""
 
 
 def normalised(image: U8) -> F32:
@@ -71,7 +75,7 @@ def sweep(x0, y0, step, zs, pictures, P, cost):
                     s += f
                     s2 += f * f
                 if n >= 2:
-                    cost[iy, ix, iz] = min((s2 - s * s / n) / (n - 1), float32(NO_VIEWS))
+                    cost[iy, ix, iz] = min((s2 - s * s / n) / (n - 1), float32(MOST))
                 else:
                     cost[iy, ix, iz] = float32(NO_VIEWS)
 

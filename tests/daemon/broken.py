@@ -121,7 +121,7 @@ def main() -> int:
     kinds = {"crash": Crashing, "hang": Hanging, "paint": Painting, "full": Full}
     seconds = {"slow": SLOW_S, "stuck": 600.0}.get(fault, 0.0)
     failing = fault in ("slow", "disk")
-    watch = WatchConfig(hang_s=60.0 if failing else 2.0, checkpoint_s=3.0 if failing else 30.0)
+    watch = WatchConfig(hang_s=60.0 if failing else 2.0, checkpoint_s=3.0 if failing else 600.0)
     config = ServeConfig(
         map=MapConfig(cell_size_m=flights.CELL_M), field=flights.FIELD, adapt=flights.ADAPT,
         watch=watch,

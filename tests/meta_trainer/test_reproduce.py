@@ -13,12 +13,17 @@ import cv2
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from mclnf_edge.errors import CaptureError, ConfigError
-from meta_trainer import evaluate, reproduce
+from meta_trainer import evaluate, reproduce, runs
+from meta_trainer.config import parse_config
+from meta_trainer.data import DATASETS
+from meta_trainer.methods import STARTS
 from meta_trainer.report import agreement, as_text, falls, write_report
 from meta_trainer.reproduce import TARGETS
 from meta_trainer.runs import BUDGETS, Job, Setting
+from meta_trainer.trainer import load_init
 
 CONTRACT = {
     "method",
@@ -67,7 +72,7 @@ def test_table_1_keeps_the_contract_and_repeats_itself(root: Path, out: Path) ->
     lines = (out / "runs.jsonl").read_text()
     again = reproduce.reproduce("table1", dataset="faces", root=root, out=out)
     assert again["rows"] == first["rows"] and (out / "runs.jsonl").read_text() == lines
-    assert json.loads((out / "table1-smoke.json").read_text())["rows"] == first["rows"]
+    assert json.loads((out / "table1-smoke-faces.json").read_text())["rows"] == first["rows"]
 
 
 def test_a_fresh_folder_gives_identical_rows(root: Path, out: Path, tmp_path: Path) -> None:
@@ -165,8 +170,6 @@ def test_cost_is_measured_in_a_process_of_its_own(root: Path, out: Path) -> None
 
 
 def test_search_takes_the_best_rate_and_shows_all() -> None:
-    import torch
-
     from mclnf_edge.maths.fields import Siren
     from meta_trainer.episodes import image_episode
     from meta_trainer.methods import METHODS, Learning
@@ -222,6 +225,23 @@ def test_text_of_a_result() -> None:
     }
     text = as_text({"target": "t", "budget": {"name": "smoke"}, "rows": [row]})
     assert text.splitlines()[-1] == "| d | OL | psnr | 12.35 | 20 |"
+
+
+@pytest.mark.parametrize("path", sorted(runs.SHIPPED.glob("*/*.pt")), ids=lambda p: p.stem)
+def test_a_shipped_start_is_the_one_that_reproduce_looks_for(path: Path, tmp_path: Path) -> None:
+    config = parse_config(load_init(path)["config"])
+    kind = DATASETS[config.dataset].kind
+    setting = Setting(path.stem.partition("-")[0], cut=config.cut, tasks=config.tasks)
+    job = Job(runs.budget_for(path.parent.name, setting.dataset), None, tmp_path)
+    method = runs.make_method(STARTS[config.start], setting)
+    asked = runs.start_config(job, setting, method)
+    assert runs.shipped_start(asked) == path and kind in ("image", "audio", "video")
+    got = runs.start_params(job, setting, method, 0)
+    assert not list(tmp_path.iterdir()), "nothing was trained"
+    fresh = job.field(setting, method).init(torch.Generator().manual_seed(0))
+    assert {n: p.shape for n, p in got.items()} == {n: p.shape for n, p in fresh.items()}
+    other = replace(asked, seed=asked.seed + 1)
+    assert runs.shipped_start(other) is None, "another training is not taken for it"
 
 
 def test_budgets_and_targets_are_the_issues() -> None:

@@ -331,7 +331,7 @@ def test_reproduce_on_matrixcity_end_to_end(root: Path, tmp_path: Path) -> None:
     _, markdown = write_report(tmp_path)
     text = markdown.read_text()
     assert "| matrixcity-b6 | Ours (mod) |" in text and "known before its first task" in text
-    assert (tmp_path / "figures" / "table1-smoke-views.png").is_file()
+    assert (tmp_path / "figures" / "table1-smoke-matrixcity.png").is_file()
 
 
 def test_a_capture_folder_and_the_controls(root: Path, flight: Path, tmp_path: Path) -> None:
