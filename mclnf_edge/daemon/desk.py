@@ -141,7 +141,7 @@ class Desk(threading.Thread):
         self._rejected: dict[tuple[str, str], int] = defaultdict(int)
         self._waiting: deque[Asked] = deque()
         self._waiting_bytes = 0
-        self._since: float | None = None
+        self._moved: float | None = None
         self._wake = threading.Condition()
         self._stopping = False
 
@@ -150,13 +150,13 @@ class Desk(threading.Thread):
     @property
     def busy(self) -> bool:
         """Whether a request waits or is being answered."""
-        return self._since is not None or bool(self._waiting)
+        return self._moved is not None or bool(self._waiting)
 
     @property
     def stalled_s(self) -> float:
-        """How long the round that is under way has taken, 0 for none."""
-        since = self._since
-        return 0.0 if since is None else time.monotonic() - since
+        """How long ago the round that is under way last moved on, 0 for none."""
+        moved = self._moved
+        return 0.0 if moved is None else time.monotonic() - moved
 
     def put(self, incoming: Incoming, message: Message) -> None:
         """Queue a request; while the disk is slow a frame is told busy at once.
@@ -165,7 +165,7 @@ class Desk(threading.Thread):
         """
         slow = self.stalled_s > _SLOW_S or self._waiting_bytes > self.config.wire.credit_bytes
         if slow and isinstance(message, PutFrame | PutSignal):
-            why = f"the disk has not answered for {self.stalled_s:.1f} s"
+            why = f"{self._waiting_bytes} bytes wait, the disk is silent for {self.stalled_s:.1f} s"
             busy = answer(message, "busy", SlowDisk.code, why, _BUSY_MS)
             acks = Acks(acks=(busy,), credit_bytes=self._credit(), durability=DURABILITY)
             self._reply(incoming.peer, acks)
@@ -190,7 +190,7 @@ class Desk(threading.Thread):
         try:
             while batch := self._next():
                 self._round(batch)
-                self._since = None
+                self._moved = None
                 self._done()
         except BaseException as error:
             log.exception("the thread at the ledger failed")
@@ -202,7 +202,7 @@ class Desk(threading.Thread):
         with self._wake:
             while not self._waiting and not self._stopping:
                 self._wake.wait()
-            self._since = time.monotonic()
+            self._moved = time.monotonic()
             batch = [self._waiting.popleft() for _ in range(min(ROUND, len(self._waiting)))]
             self._waiting_bytes -= sum(_bytes(incoming) for incoming, _ in batch)
             return batch
@@ -218,6 +218,7 @@ class Desk(threading.Thread):
         for incoming, put in frames:
             with answering(incoming, self._reply):
                 self._take(incoming, put, puts, acks)
+            self._moved = time.monotonic()  # a large picture takes its time: that is no slow disk
         if puts or self._rejected:
             self._commit(puts, acks)
         for incoming, message in after:  # they mean the frames that were sent before them
@@ -231,6 +232,7 @@ class Desk(threading.Thread):
     def _answer(self, incoming: Incoming, message: Message) -> None:
         with answering(incoming, self._reply):
             self._handle(incoming.peer, message)
+        self._moved = time.monotonic()
 
     def _handle(self, peer: bytes, message: Message) -> None:
         if isinstance(message, Hello):
