@@ -7,11 +7,13 @@ import html
 import io
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mclnf_edge.errors import ConfigError
+from meta_trainer.runs import SHIPPED
 
 Row = Mapping[str, Any]
 
@@ -125,12 +127,57 @@ def write_report(out: Path) -> tuple[Path, Path]:
     for path in paths:
         result = json.loads(path.read_text(encoding="utf-8"))
         lines += _section(result, out, figures, path.stem)
+    lines += [*_rates(out / "rates.jsonl"), *_trainings()]
     lines += ["## Discrepancies in the paper", "", *(f"- {d}" for d in DISCREPANCIES), ""]
     markdown = out / "report.md"
     markdown.write_text("\n".join(lines), encoding="utf-8")
     page = out / "report.html"
     page.write_text(_html(lines, out), encoding="utf-8")
     return page, markdown
+
+
+def _rates(path: Path) -> Iterator[str]:
+    """Every step size that was tried on validation signals, PSNR in dB; * marks the chosen one."""
+    if not path.is_file():
+        return
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    rates = sorted({float(rate) for line in lines for rate in line["tried"]})
+    yield "## Step sizes tried on validation signals (dB, * chosen)"
+    yield ""
+    yield "| dataset | method | " + " | ".join(f"{rate:g}" for rate in rates) + " |"
+    yield "|" + " --- |" * (len(rates) + 2)
+    for line in lines:
+        tried = {float(rate): psnr for rate, psnr in line["tried"].items()}
+        cells = [_tried(tried.get(rate), rate == line["rate"]) for rate in rates]
+        yield "| " + " | ".join([line["dataset"], line["method"], *cells]) + " |"
+    yield ""
+
+
+def _tried(psnr: float | None, chosen: bool) -> str:
+    if psnr is None:
+        return "–"
+    told = f"{psnr:.2f}" if math.isfinite(psnr) else "diverged"
+    return f"{told} *" if chosen else told
+
+
+def _trainings() -> Iterator[str]:
+    """What the shipped starts' meta-training took, which no table's time contains."""
+    path = SHIPPED / "trainings.json"
+    if not path.is_file():
+        return
+    held = json.loads(path.read_text(encoding="utf-8"))
+    yield "## Meta-training of the shipped starts"
+    yield ""
+    yield "| start | learned on | outer steps | episodes | seconds | load | query PSNR |"
+    yield "|" + " --- |" * 7
+    for row in held["rows"]:
+        yield (
+            f"| {row['name']} | {row['dataset']} | {row['steps']} | {row['episodes']} "
+            f"| {row['seconds']:.0f} | {row['load']} | {row['query_psnr']:.2f} |"
+        )
+    yield ""
+    yield f"One core each of: {held['machine']['cpu']}."
+    yield ""
 
 
 def _section(result: Mapping[str, Any], out: Path, figures: Path, name: str) -> list[str]:

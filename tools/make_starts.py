@@ -3,7 +3,8 @@
 Each data set's five learned starts (MOL, MAML+CL, OML, mod, MIM) at the `cpu` budget, as
 `python -m meta_trainer reproduce` would train them, are put into `meta_trainer/starts/cpu/`, where
 every later `reproduce` finds them. Stopped and started again it goes on; `--methods` shares the
-work among processes. What each training took is added to `tools/results/starts.json`.
+work among processes. What each training took goes into `meta_trainer/starts/trainings.json`, which
+`report` shows.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from meta_trainer.config import TrainConfig  # noqa: E402
 from meta_trainer.methods import METHODS, STARTS  # noqa: E402
 from meta_trainer.reproduce import STAND_INS  # noqa: E402
 from meta_trainer.runs import (  # noqa: E402
+    SHIPPED,
     Job,
     Setting,
     budget_for,
@@ -32,8 +34,6 @@ from meta_trainer.runs import (  # noqa: E402
 )
 from meta_trainer.trainer import train  # noqa: E402
 from tools.measure import open_results, save  # noqa: E402
-
-RESULTS = Path(__file__).parent / "results" / "starts.json"
 
 
 def main() -> int:
@@ -73,9 +73,10 @@ def took(config: TrainConfig, path: Path) -> dict[str, Any]:
 
 def keep(row: dict[str, Any]) -> None:
     """Put a row into the results, in the place of an older one of its name."""
-    results = open_results(RESULTS, {"budget": "cpu"})
+    path = SHIPPED / "trainings.json"
+    results = open_results(path, {"budget": "cpu"})
     results["rows"] = [r for r in results["rows"] if r["name"] != row["name"]] + [row]
-    save(RESULTS, results)
+    save(path, results)
 
 
 if __name__ == "__main__":

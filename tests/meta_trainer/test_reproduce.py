@@ -207,8 +207,13 @@ def test_agreement_and_falls_by_hand() -> None:
 def test_report_has_tables_curves_and_panels(root: Path, out: Path) -> None:
     for target in ("table1", "fig4", "table7"):
         reproduce.reproduce(target, dataset="faces", root=root, out=out)
+    tried = {"key": "k", "method": "OL", "dataset": "faces", "rate": 0.01}
+    tried |= {"tried": {"0.01": 20.0, "0.1": -math.inf}}
+    (out / "rates.jsonl").write_text(json.dumps(tried) + "\n")
     page, markdown = write_report(out)
     text = markdown.read_text()
+    assert "| faces | OL | 20.00 * | diverged |" in text
+    assert "| faces-mol-strips-4-256 | faces | 1500 |" in text
     assert "| faces | Ours (MIM) |" in text and "best (paper)" in text and "Discrepancies" in text
     assert page.read_text().count("data:image/png;base64,") >= 3
     with pytest.raises(ConfigError, match="no results"):
