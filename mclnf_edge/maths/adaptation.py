@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mclnf_edge.maths import fisher as fi
-from mclnf_edge.maths import passes
+from mclnf_edge.maths import kernels, passes
 from mclnf_edge.maths.fields import Field, Params, Seen, Tap
 
 Weighting = Literal["none", "diagonal", "factored", "shuffled", "residual", "gradncp", "pruned"]
@@ -106,9 +106,10 @@ def inner_step(
     if not create_graph:
         params = {name: p.detach().requires_grad_() for name, p in params.items()}
     coords, targets = batch
-    direct = None if create_graph or rows > 1 else passes.network(field, params, coords)
+    direct = None if create_graph or rows > 1 else passes.network(field, params, batch)
     if direct is not None:
-        values, seen, d = passes.backward(direct, params, coords, targets)
+        counted = rule.weighting == "factored"
+        values, seen, d = passes.backward(direct, params, coords, targets, counted)
     else:
         values, seen, d = _backward(field, params, batch, rule, create_graph)
     features = seen[-1].inputs
@@ -296,18 +297,38 @@ def _move(
         gradient, state = _adam(gradient, state)
     moved = dict(params)
     for name, g in gradient.items():
-        moved[name] = params[name] - rate_at(rates, name, state.step - 1) * g
+        rate = rate_at(rates, name, state.step - 1)
+        if isinstance(rate, Tensor):
+            moved[name] = params[name] - rate * g
+        else:  # one pass instead of two
+            moved[name] = torch.sub(params[name], g, alpha=rate)
     return moved, state
 
 
 def _adam(gradient: Params, state: State) -> tuple[Params, State]:
     """Bias-corrected direction of Kingma and Ba 2015; `state.step` counts this step already."""
     b1, b2 = ADAM_BETAS
+    c1, c2 = 1 - b1**state.step, 1 - b2**state.step
+    on_cpu = all(g.device.type == "cpu" for g in gradient.values())
+    if on_cpu and not torch.is_grad_enabled():
+        first, second = (
+            {n: g * 0 if old is None else old[n].clone() for n, g in gradient.items()}
+            for old in (state.first, state.second)
+        )
+        direction = {n: _compiled_adam(g, first[n], second[n], c1, c2) for n, g in gradient.items()}
+        return direction, state._replace(first=first, second=second)
     first = {n: (1 - b1) * g for n, g in gradient.items()}
     second = {n: (1 - b2) * g * g for n, g in gradient.items()}
     if state.first is not None and state.second is not None:
         first = {n: b1 * state.first[n] + g for n, g in first.items()}
         second = {n: b2 * state.second[n] + g for n, g in second.items()}
-    c1, c2 = 1 - b1**state.step, 1 - b2**state.step
     direction = {n: (first[n] / c1) / ((second[n] / c2).sqrt() + ADAM_EPSILON) for n in gradient}
     return direction, state._replace(first=first, second=second)
+
+
+def _compiled_adam(g: Tensor, first: Tensor, second: Tensor, c1: float, c2: float) -> Tensor:
+    """`_adam`'s direction of one parameter; its moments are moved on in place."""
+    direction = torch.empty_like(g)
+    arrays = (x.view(-1).numpy() for x in (g, first, second, direction))
+    kernels.adam(*arrays, ADAM_BETAS, (1 / c1, 1 / c2), ADAM_EPSILON)
+    return direction

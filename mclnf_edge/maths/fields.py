@@ -33,10 +33,14 @@ class Tap(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """A tap without outputs, where no gradient has to be taken at them."""
+    """A tap without outputs, where no gradient has to be taken at them.
+
+    `factors` are those of F (`factored.Factors`) where they were counted in passing.
+    """
 
     layer: str
     inputs: Tensor
+    factors: tuple[Tensor, Tensor] | None
 
 
 Seen = Tap | Inputs

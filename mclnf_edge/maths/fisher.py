@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mclnf_edge.maths import factored
-from mclnf_edge.maths.fields import Field, Params, Seen
+from mclnf_edge.maths.fields import Field, Inputs, Params, Seen
 
 Fisher = dict[str, Tensor]
 """Diagonal of F, keyed and shaped as the parameters (modules first)."""
@@ -116,12 +116,10 @@ def factored_information(
         (tap.inputs, d) if rows == 1 else (_per_sample(tap.inputs, rows), _per_sample(d, rows))
         for tap, d in zip(taps, grads, strict=True)
     ]
-    on_cpu = pairs[0][0].device.type == "cpu"
-    return (
-        factored.information(pairs, damping)
-        if on_cpu and rows == 1
-        else _factored(pairs, damping, rows)
-    )
+    if pairs[0][0].device.type != "cpu" or rows > 1:
+        return _factored(pairs, damping, rows)
+    found = [tap.factors if isinstance(tap, Inputs) else None for tap in taps]
+    return factored.information(pairs, damping, found)
 
 
 def _factored(pairs: Sequence[tuple[Tensor, Tensor]], damping: float, rows: int = 1) -> Tensor:

@@ -26,16 +26,16 @@ _HALF, _ONE, _TWO = _F(0.5), _F(1), _F(2)
 
 
 @njit(**_JIT)
-def sine(y, omega, slope):
-    """y (N, n) becomes sin(omega y), `slope` its derivative omega cos(omega y); single precision.
+def sine(y, bias, omega, slope):
+    """y (N, n) becomes sin(omega (y + bias)), `slope` omega cos(omega (y + bias)); float32.
 
-    Within 2e-7 (times omega for the slope) while |omega y| < 2e5; beyond, single precision holds
+    Within 2e-7 (times omega for the slope) for angles below 2e5; beyond, single precision holds
     no angle. Not finite values give NaN.
     """
     for n in range(y.shape[0]):
         yn, sn = y[n], slope[n]
         for j in range(yn.size):
-            z = omega * yn[j]
+            z = omega * (yn[j] + bias[j])
             k = (z * _TURNS + _ROUND) - _ROUND
             r = ((z - k * _PI[0]) - k * _PI[1]) - k * _PI[2]
             odd = k - _TWO * ((k * _HALF + _ROUND) - _ROUND)  # -1, 0 or 1
@@ -48,16 +48,18 @@ def sine(y, omega, slope):
 
 
 @njit(**_JIT)
-def adam(gradient, first, second, betas, scales, epsilon, direction):
-    """Adam's moments (P,) of this step into `first` and `second`, which hold the last one's.
+def adam(gradient, first, second, direction, betas, scales, epsilon):
+    """Move Adam's moments (P,) of the last step on by this step's gradient.
 
     `direction` becomes scales[0] first / (sqrt(scales[1] second) + epsilon).
     """
-    b1, b2 = betas
-    a1, a2 = _ONE - b1, _ONE - b2
+    f = gradient.dtype.type
+    b1, a1, b2, a2 = f(betas[0]), f(1 - betas[0]), f(betas[1]), f(1 - betas[1])
+    s1, s2, tiny = f(scales[0]), f(scales[1]), f(epsilon)
     for i in range(gradient.size):
         g = gradient[i]
         m = b1 * first[i] + a1 * g
         v = b2 * second[i] + a2 * g * g
-        first[i], second[i] = m, v
-        direction[i] = scales[0] * m / (np.sqrt(scales[1] * v) + epsilon)
+        first[i] = m
+        second[i] = v
+        direction[i] = s1 * m / (np.sqrt(s2 * v) + tiny)

@@ -2,8 +2,7 @@
 
 The same as autograd's up to rounding. Autograd holds several arrays of each layer for a whole
 batch, new ones in each step, and narrow networks spend most of a step on moving and first touching
-them. Here `POINTS_AT_ONCE` points go through all layers and back while they are in the cache,
-products are written where they are needed, and the memory is kept from step to step.
+them. Here some hundred points go through all layers and back while they are in the cache, products are written where they are needed, and the memory is kept from step to step.
 """
 
 from __future__ import annotations
@@ -16,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mclnf_edge.maths import kernels
+from mclnf_edge.maths import factored, kernels
 from mclnf_edge.maths.fields import Field, Inputs, Layer, Network, Params, Seen, activate
 
-POINTS_AT_ONCE = 512
+VALUES_AT_ONCE = 1 << 17
+"""Points that go through the layers at once, times the widest layer's values: half a megabyte."""
 KEPT_BYTES = 1 << 27
 """Memory that a thread keeps between steps; that of a larger batch is freed after it."""
 
@@ -29,12 +29,12 @@ Arrays = Mapping[tuple[str, ...], Tensor]
 _kept = threading.local()
 
 
-def network(field: Field, params: Params, coords: Tensor) -> Network | None:
+def network(field: Field, params: Params, batch: tuple[Tensor, Tensor]) -> Network | None:
     """The field where `backward` can stand in for autograd, else None.
 
     It must be a network in float32 on the CPU, with one module axis or none.
     """
-    tensors = (coords, *params.values())
+    coords, tensors = batch[0], (*batch, *params.values())
     plain = all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
     alike = all(p.ndim == coords.ndim for name, p in params.items() if name.endswith(".w"))
     return field if isinstance(field, Network) and plain and alike and coords.ndim <= 3 else None
@@ -42,12 +42,12 @@ def network(field: Field, params: Params, coords: Tensor) -> Network | None:
 
 @torch.no_grad()
 def backward(
-    network: Network, params: Params, coords: Tensor, targets: Tensor
+    network: Network, params: Params, coords: Tensor, targets: Tensor, factors: bool
 ) -> tuple[Tensor, list[Seen], list[Tensor]]:
     """Values (..., N, d_out); of each layer its inputs and d(sum |s_hat - s|^2 / 2)/d(output).
 
-    Layers in the order of the plan. All results lie in memory that the next call in this thread
-    writes over.
+    Layers are in the order of the plan; with `factors` those of F are counted. What is not the
+    values lies in memory that the next call in this thread writes over.
     """
     plan, lead = network.plan, coords.shape[:-1]
     params = {n: p.detach() if coords.ndim == 3 else p.detach()[None] for n, p in params.items()}
@@ -55,9 +55,9 @@ def backward(
     known: dict[tuple[str, ...], Tensor]
     known = {(n,): x.contiguous() for n, x in network.encode(coords).items()}
     modules, points = coords.shape[:2]
-    at_once = min(points, POINTS_AT_ONCE)
     outs = {layer.name: params[f"{layer.name}.b"].shape[-1] for layer in plan}
     ins = {layer.inputs: params[f"{layer.name}.w"].shape[-2] for layer in plan}
+    at_once = min(points, _at_once(*outs.values()))
     new = {key: width for key, width in ins.items() if len(key) > 1}
     new |= {(name,): width for name, width in outs.items()}
     sines = [layer.name for layer in plan if layer.activation == "sine"]
@@ -68,6 +68,10 @@ def backward(
     known |= dict(zip(new, views, strict=False))
     grads = dict(zip(outs, views, strict=False))
     slopes = dict(zip(sines, views, strict=True))
+    counted = {
+        layer.name: factored.no_factors(modules, ins[layer.inputs], outs[layer.name])
+        for layer in plan if factors
+    }  # fmt: skip
     for m in range(modules):
         own = {name: p[m] for name, p in params.items()}
         for a in range(0, points, at_once):
@@ -78,8 +82,13 @@ def backward(
             _forwards(plan, own, here, bends)
             _errors(network.outputs, here, targets[m, part], there)
             _backwards(plan, own, here, bends, there, set(network.outputs))
+            for layer in plan if factors else ():
+                factored.add(counted[layer.name], m, here[layer.inputs], there[layer.name])
     values = torch.cat([known[(name,)] for name in network.outputs], dim=-1)
-    inputs: list[Seen] = [Inputs(layer.name, known[layer.inputs].view(*lead, -1)) for layer in plan]
+    inputs: list[Seen] = [
+        Inputs(layer.name, known[layer.inputs].view(*lead, -1), counted.get(layer.name))
+        for layer in plan
+    ]
     return values.view(*lead, -1), inputs, [grads[n].view(*lead, -1) for n in outs]
 
 
@@ -95,9 +104,10 @@ def weighted_gradient(seen: Sequence[Seen], grads: Sequence[Tensor], scale: Tens
         x, d = (v.reshape(-1, *v.shape[-2:]) for v in (layer.inputs, grad))
         weight = x.new_zeros(len(x), x.shape[-1], d.shape[-1])
         bias = x.new_zeros(len(x), d.shape[-1])
+        at_once = _at_once(x.shape[-1], d.shape[-1])
         for m in range(len(x)):
-            for a in range(0, x.shape[1], POINTS_AT_ONCE):
-                part = slice(a, a + POINTS_AT_ONCE)
+            for a in range(0, x.shape[1], at_once):
+                part = slice(a, a + at_once)
                 scaled = d[m, part].mul_(scales[m, part])
                 bias[m] += scaled.sum(0)
                 weight[m].addmm_(x[m, part].t(), scaled)
@@ -107,18 +117,26 @@ def weighted_gradient(seen: Sequence[Seen], grads: Sequence[Tensor], scale: Tens
     return found
 
 
+def _at_once(*widths: int) -> int:
+    return max(1, VALUES_AT_ONCE // max(widths))
+
+
 def _forwards(plan: Sequence[Layer], params: Params, known: Arrays, slopes: Params) -> None:
     """Fill in joined inputs, activated outputs and the sines' slopes, all (points, width)."""
     for layer in plan:
         x, y = known[layer.inputs], known[(layer.name,)]
         if len(layer.inputs) > 1:
             torch.cat([known[(name,)] for name in layer.inputs], dim=-1, out=x)
-        torch.addmm(params[f"{layer.name}.b"], x, params[f"{layer.name}.w"], out=y)
+        weight, bias = params[f"{layer.name}.w"], params[f"{layer.name}.b"]
         if layer.activation == "sine":
-            kernels.sine(y.numpy(), np.float32(layer.omega), slopes[layer.name].numpy())
-        elif layer.activation == "relu":
+            torch.mm(x, weight, out=y)
+            slope = slopes[layer.name].numpy()
+            kernels.sine(y.numpy(), bias.numpy(), np.float32(layer.omega), slope)
+            continue
+        torch.addmm(bias, x, weight, out=y)
+        if layer.activation == "relu":
             y.relu_()
-        else:
+        elif layer.activation != "none":
             y.copy_(activate(layer, y))
 
 
