@@ -315,8 +315,10 @@ def _adam(gradient: Params, state: State) -> tuple[Params, State]:
             {n: g * 0 if old is None else old[n].clone() for n, g in gradient.items()}
             for old in (state.first, state.second)
         )
-        direction = {n: _compiled_adam(g, first[n], second[n], c1, c2) for n, g in gradient.items()}
-        return direction, state._replace(first=first, second=second)
+        for name, g in gradient.items():  # becomes the direction
+            arrays = (x.view(-1).numpy() for x in (g, first[name], second[name]))
+            kernels.adam(*arrays, ADAM_BETAS, (1 / c1, 1 / c2), ADAM_EPSILON)
+        return gradient, state._replace(first=first, second=second)
     first = {n: (1 - b1) * g for n, g in gradient.items()}
     second = {n: (1 - b2) * g * g for n, g in gradient.items()}
     if state.first is not None and state.second is not None:
@@ -324,11 +326,3 @@ def _adam(gradient: Params, state: State) -> tuple[Params, State]:
         second = {n: b2 * state.second[n] + g for n, g in second.items()}
     direction = {n: (first[n] / c1) / ((second[n] / c2).sqrt() + ADAM_EPSILON) for n in gradient}
     return direction, state._replace(first=first, second=second)
-
-
-def _compiled_adam(g: Tensor, first: Tensor, second: Tensor, c1: float, c2: float) -> Tensor:
-    """`_adam`'s direction of one parameter; its moments are moved on in place."""
-    direction = torch.empty_like(g)
-    arrays = (x.view(-1).numpy() for x in (g, first, second, direction))
-    kernels.adam(*arrays, ADAM_BETAS, (1 / c1, 1 / c2), ADAM_EPSILON)
-    return direction

@@ -21,6 +21,8 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from mclnf_edge.maths.factored import Factors
+
 Params = dict[str, Tensor]
 
 
@@ -35,12 +37,12 @@ class Tap(NamedTuple):
 class Inputs(NamedTuple):
     """A tap without outputs, where no gradient has to be taken at them.
 
-    `factors` are those of F (`factored.Factors`) where they were counted in passing.
+    `factors` are those of F where they were counted in passing.
     """
 
     layer: str
     inputs: Tensor
-    factors: tuple[Tensor, Tensor] | None
+    factors: Factors | None
 
 
 Seen = Tap | Inputs

@@ -118,8 +118,8 @@ def factored_information(
     ]
     if pairs[0][0].device.type != "cpu" or rows > 1:
         return _factored(pairs, damping, rows)
-    found = [tap.factors if isinstance(tap, Inputs) else None for tap in taps]
-    return factored.information(pairs, damping, found)
+    counted = [tap.factors for tap in taps if isinstance(tap, Inputs) and tap.factors]
+    return factored.information(pairs, damping, counted or None)
 
 
 def _factored(pairs: Sequence[tuple[Tensor, Tensor]], damping: float, rows: int = 1) -> Tensor:

@@ -48,10 +48,10 @@ def sine(y, bias, omega, slope):
 
 
 @njit(**_JIT)
-def adam(gradient, first, second, direction, betas, scales, epsilon):
+def adam(gradient, first, second, betas, scales, epsilon):
     """Move Adam's moments (P,) of the last step on by this step's gradient.
 
-    `direction` becomes scales[0] first / (sqrt(scales[1] second) + epsilon).
+    The gradient becomes the direction scales[0] first / (sqrt(scales[1] second) + epsilon).
     """
     f = gradient.dtype.type
     b1, a1, b2, a2 = f(betas[0]), f(1 - betas[0]), f(betas[1]), f(1 - betas[1])
@@ -62,4 +62,4 @@ def adam(gradient, first, second, direction, betas, scales, epsilon):
         v = b2 * second[i] + a2 * g * g
         first[i] = m
         second[i] = v
-        direction[i] = s1 * m / (np.sqrt(s2 * v) + tiny)
+        gradient[i] = s1 * m / (np.sqrt(s2 * v) + tiny)

@@ -2,7 +2,8 @@
 
 The same as autograd's up to rounding. Autograd holds several arrays of each layer for a whole
 batch, new ones in each step, and narrow networks spend most of a step on moving and first touching
-them. Here some hundred points go through all layers and back while they are in the cache, products are written where they are needed, and the memory is kept from step to step.
+them. Here some hundred points go through all layers and back while they are in the cache, products
+are written where they are needed, and the memory is kept from step to step.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,14 +20,15 @@ from torch import Tensor
 from mclnf_edge.maths import factored, kernels
 from mclnf_edge.maths.fields import Field, Inputs, Layer, Network, Params, Seen, activate
 
-VALUES_AT_ONCE = 1 << 17
-"""Points that go through the layers at once, times the widest layer's values: half a megabyte."""
+VALUES_AT_ONCE = 1 << 18
+"""Points that go through the layers at once, times the widest layer's values: a megabyte."""
 KEPT_BYTES = 1 << 27
 """Memory that a thread keeps between steps; that of a larger batch is freed after it."""
 
 Arrays = Mapping[tuple[str, ...], Tensor]
 """What layers read, by `Layer.inputs`; an activated layer under its own name alone."""
 
+_Key = TypeVar("_Key")
 _kept = threading.local()
 
 
@@ -72,18 +75,19 @@ def backward(
         layer.name: factored.no_factors(modules, ins[layer.inputs], outs[layer.name])
         for layer in plan if factors
     }  # fmt: skip
-    for m in range(modules):
+    sizes = _pieces(points, at_once) * modules
+    arrays = _split(known, sizes), _split(grads, sizes)
+    goals = torch.split(targets.flatten(0, 1), sizes)
+    for i, (here, there, goal) in enumerate(zip(*arrays, goals, strict=True)):
+        m = i * modules // len(sizes)
         own = {name: p[m] for name, p in params.items()}
-        for a in range(0, points, at_once):
-            part = slice(a, a + at_once)
-            here = {key: x[m, part] for key, x in known.items()}
-            there = {name: d[m, part] for name, d in grads.items()}
-            bends = {name: s[: len(targets[m, part])] for name, s in slopes.items()}
-            _forwards(plan, own, here, bends)
-            _errors(network.outputs, here, targets[m, part], there)
-            _backwards(plan, own, here, bends, there, set(network.outputs))
-            for layer in plan if factors else ():
-                factored.add(counted[layer.name], m, here[layer.inputs], there[layer.name])
+        bends = {name: s[: len(goal)] for name, s in slopes.items()}
+        _forwards(plan, own, here, bends)
+        _errors(network.outputs, here, goal, there)
+        _backwards(plan, own, here, bends, there, set(network.outputs))
+        if factors:
+            xs = [here[layer.inputs].numpy() for layer in plan]
+            factored.count(list(counted.values()), m, xs, [d.numpy() for d in there.values()])
     values = torch.cat([known[(name,)] for name in network.outputs], dim=-1)
     inputs: list[Seen] = [
         Inputs(layer.name, known[layer.inputs].view(*lead, -1), counted.get(layer.name))
@@ -105,12 +109,11 @@ def weighted_gradient(seen: Sequence[Seen], grads: Sequence[Tensor], scale: Tens
         weight = x.new_zeros(len(x), x.shape[-1], d.shape[-1])
         bias = x.new_zeros(len(x), d.shape[-1])
         at_once = _at_once(x.shape[-1], d.shape[-1])
-        for m in range(len(x)):
-            for a in range(0, x.shape[1], at_once):
-                part = slice(a, a + at_once)
-                scaled = d[m, part].mul_(scales[m, part])
-                bias[m] += scaled.sum(0)
-                weight[m].addmm_(x[m, part].t(), scaled)
+        parts = (torch.split(v, at_once, dim=1) for v in (x, d, scales))
+        for inputs, scaled, factor in zip(*parts, strict=True):
+            scaled.mul_(factor)
+            bias += scaled.sum(-2)
+            weight.baddbmm_(inputs.mT, scaled)
         lead = scale.shape[:-1]
         found[f"{layer.layer}.w"] = weight.view(*lead, *weight.shape[1:])
         found[f"{layer.layer}.b"] = bias.view(*lead, -1)
@@ -119,6 +122,17 @@ def weighted_gradient(seen: Sequence[Seen], grads: Sequence[Tensor], scale: Tens
 
 def _at_once(*widths: int) -> int:
     return max(1, VALUES_AT_ONCE // max(widths))
+
+
+def _pieces(points: int, at_once: int) -> list[int]:
+    """How many points go together."""
+    return [min(at_once, points - a) for a in range(0, points, at_once)]
+
+
+def _split(arrays: Mapping[_Key, Tensor], sizes: list[int]) -> list[dict[_Key, Tensor]]:
+    """(modules, N, width) arrays -> the pieces of all of them, one after the other."""
+    parts = [torch.split(x.flatten(0, 1), sizes) for x in arrays.values()]
+    return [dict(zip(arrays, piece, strict=True)) for piece in zip(*parts, strict=True)]
 
 
 def _forwards(plan: Sequence[Layer], params: Params, known: Arrays, slopes: Params) -> None:
