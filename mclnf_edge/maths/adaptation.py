@@ -8,7 +8,7 @@ the weighted gradient, x^T (w d) per layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from mclnf_edge.maths import fisher as fi
-from mclnf_edge.maths.fields import Field, Params, Tap
+from mclnf_edge.maths import kernels, passes
+from mclnf_edge.maths.fields import Field, Params, Seen, Tap
 
 Weighting = Literal["none", "diagonal", "factored", "shuffled", "residual", "gradncp", "pruned"]
 Stepping = Literal["sgd", "fim-sgd", "adam"]
@@ -105,17 +106,23 @@ def inner_step(
     if not create_graph:
         params = {name: p.detach().requires_grad_() for name, p in params.items()}
     coords, targets = batch
-    taps: list[Tap] = []
-    values = field(params, coords, taps)
-    features = taps[-1].inputs
-    taps = [t for t in taps if rule.moves(t.layer)]
-    half = fi.half_squared_error(values, targets)
-    outputs = [t.outputs for t in taps]
-    d = torch.autograd.grad(half.sum(), outputs, create_graph=create_graph, retain_graph=True)
-    memory = _remember(taps, d, state, rule, rows)
-    weights = _weights(taps, d, values, targets, features, memory, rule, rows, generator)
-    with torch.set_grad_enabled(create_graph):  # else the state would keep every step's graph
-        gradient = _weighted_gradient(taps, d, weights * (2 / half.shape[-1]), rows)
+    direct = None if create_graph or rows > 1 else passes.network(field, params, batch)
+    if direct is not None:
+        counted = rule.weighting == "factored"
+        values, seen, d = passes.backward(direct, params, coords, targets, counted)
+    else:
+        values, seen, d = _backward(field, params, batch, rule, create_graph)
+    features = seen[-1].inputs
+    moving = [i for i, layer in enumerate(seen) if rule.moves(layer.layer)]
+    seen, d = [seen[i] for i in moving], [d[i] for i in moving]
+    memory = _remember(seen, d, state, rule, rows)
+    weights = _weights(seen, d, values, targets, features, memory, rule, rows, generator)
+    scale = weights * (2 / weights.shape[-1])
+    if direct is not None:
+        gradient = passes.weighted_gradient(seen, d, scale)
+    else:
+        with torch.set_grad_enabled(create_graph):  # else the state would keep every step's graph
+            gradient = _weighted_gradient(seen, d, scale, rows)
     if penalty is not None:
         gradient = _add_penalty(gradient, params, penalty, create_graph)
     state = state._replace(step=state.step + 1, fisher=memory)
@@ -123,7 +130,8 @@ def inner_step(
         moved, state = _move(params, gradient, state, rates, rule)
     if not create_graph:
         moved = {name: p.detach() for name, p in moved.items()}
-    return moved, state, Stats(2 * half.detach().mean(-1), weights)
+    loss = 2 * fi.half_squared_error(values.detach(), targets).mean(-1)
+    return moved, state, Stats(loss, weights)
 
 
 def adapt(
@@ -189,24 +197,36 @@ def rate_at(rates: Rates, name: str, step: int) -> float | Tensor:
     return own[min(step, len(own) - 1)]
 
 
+def _backward(
+    field: Field, params: Params, batch: tuple[Tensor, Tensor], rule: Rule, create_graph: bool
+) -> tuple[Tensor, list[Seen], list[Tensor]]:
+    """Values, taps of the layers and the half squared error's gradient at their outputs."""
+    taps: list[Tap] = []
+    values = field(params, batch[0], taps)
+    half = fi.half_squared_error(values, batch[1])
+    outputs = [t.outputs for t in taps]
+    d = torch.autograd.grad(half.sum(), outputs, create_graph=create_graph, retain_graph=True)
+    return values, list(taps), list(d)
+
+
 def _needs_fisher(rule: Rule) -> bool:
     return rule.weighting in ("diagonal", "shuffled") or rule.stepping == "fim-sgd"
 
 
 def _remember(
-    taps: list[Tap], d: tuple[Tensor, ...], state: State, rule: Rule, rows: int
+    seen: Sequence[Seen], d: Sequence[Tensor], state: State, rule: Rule, rows: int
 ) -> fi.Fisher | None:
     """The running F including this batch; no gradient flows through it."""
     if not _needs_fisher(rule):
         return state.fisher
     with torch.no_grad():
-        moment = fi.diagonal_moment(taps, d, rows)
+        moment = fi.diagonal_moment(seen, d, rows)
         return fi.running_mean(state.fisher, moment, state.step + 1)
 
 
 def _weights(
-    taps: list[Tap],
-    d: tuple[Tensor, ...],
+    seen: Sequence[Seen],
+    d: Sequence[Tensor],
     values: Tensor,
     targets: Tensor,
     features: Tensor,
@@ -223,7 +243,7 @@ def _weights(
             if rows == 1:
                 score = fi.gradncp_score(values, targets, features)
             else:
-                score = fi.gradncp_score_of_rays(taps[-1], d[-1], rows)
+                score = fi.gradncp_score_of_rays(seen[-1], d[-1], rows)
         if rule.weighting == "pruned":
             return fi.pruning_weights(score, rule.keep)
         if rule.weighting == "residual":
@@ -231,10 +251,10 @@ def _weights(
         elif rule.weighting == "gradncp":
             q = score.square()
         elif rule.weighting == "factored":
-            q = fi.factored_information(taps, d, rule.damping, rows)
+            q = fi.factored_information(seen, d, rule.damping, rows)
         else:
             assert memory is not None
-            q = fi.diagonal_information(taps, d, memory, rule.damping, rows)
+            q = fi.diagonal_information(seen, d, memory, rule.damping, rows)
         weights = fi.sample_weights(q, rule.lam, rule.cap)
         if rule.weighting != "shuffled":
             return weights
@@ -243,11 +263,13 @@ def _weights(
         return fi.shuffle(weights, generator)
 
 
-def _weighted_gradient(taps: list[Tap], d: tuple[Tensor, ...], scale: Tensor, rows: int) -> Params:
+def _weighted_gradient(
+    seen: Sequence[Seen], d: Sequence[Tensor], scale: Tensor, rows: int
+) -> Params:
     """sum_i scale_i * (gradient of sample i) for every layer; `scale` (..., N)."""
     per_row = scale.repeat_interleave(rows, dim=-1).unsqueeze(-1)
     gradient: Params = {}
-    for tap, d_layer in zip(taps, d, strict=True):
+    for tap, d_layer in zip(seen, d, strict=True):
         scaled = d_layer * per_row
         gradient[f"{tap.layer}.w"] = tap.inputs.mT @ scaled
         gradient[f"{tap.layer}.b"] = scaled.sum(-2)
@@ -275,18 +297,32 @@ def _move(
         gradient, state = _adam(gradient, state)
     moved = dict(params)
     for name, g in gradient.items():
-        moved[name] = params[name] - rate_at(rates, name, state.step - 1) * g
+        rate = rate_at(rates, name, state.step - 1)
+        if isinstance(rate, Tensor):
+            moved[name] = params[name] - rate * g
+        else:  # one pass instead of two
+            moved[name] = torch.sub(params[name], g, alpha=rate)
     return moved, state
 
 
 def _adam(gradient: Params, state: State) -> tuple[Params, State]:
     """Bias-corrected direction of Kingma and Ba 2015; `state.step` counts this step already."""
     b1, b2 = ADAM_BETAS
+    c1, c2 = 1 - b1**state.step, 1 - b2**state.step
+    on_cpu = all(g.device.type == "cpu" for g in gradient.values())
+    if on_cpu and not torch.is_grad_enabled():
+        first, second = (
+            {n: g * 0 if old is None else old[n].clone() for n, g in gradient.items()}
+            for old in (state.first, state.second)
+        )
+        for name, g in gradient.items():  # becomes the direction
+            arrays = (x.view(-1).numpy() for x in (g, first[name], second[name]))
+            kernels.adam(*arrays, ADAM_BETAS, (1 / c1, 1 / c2), ADAM_EPSILON)
+        return gradient, state._replace(first=first, second=second)
     first = {n: (1 - b1) * g for n, g in gradient.items()}
     second = {n: (1 - b2) * g * g for n, g in gradient.items()}
     if state.first is not None and state.second is not None:
         first = {n: b1 * state.first[n] + g for n, g in first.items()}
         second = {n: b2 * state.second[n] + g for n, g in second.items()}
-    c1, c2 = 1 - b1**state.step, 1 - b2**state.step
     direction = {n: (first[n] / c1) / ((second[n] / c2).sqrt() + ADAM_EPSILON) for n in gradient}
     return direction, state._replace(first=first, second=second)

@@ -5,17 +5,23 @@ modules: parameters stacked by `stack` and coordinates (M, N, d) are evaluated i
 product per layer, and `torch.func.vmap` over single modules gives the same values. A field that is
 handed a list `taps` appends each linear layer's input and output to it, from which `fisher` builds
 per-sample gradients layer by layer.
+
+The paper's networks say what they are as data (`Network.plan`), which both their evaluation here
+and the steps without a graph (`passes`) follow.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from mclnf_edge.maths.factored import Factors
 
 Params = dict[str, Tensor]
 
@@ -26,6 +32,20 @@ class Tap(NamedTuple):
     layer: str
     inputs: Tensor
     outputs: Tensor
+
+
+class Inputs(NamedTuple):
+    """A tap without outputs, where no gradient has to be taken at them.
+
+    `factors` are those of F where they were counted in passing.
+    """
+
+    layer: str
+    inputs: Tensor
+    factors: Factors | None
+
+
+Seen = Tap | Inputs
 
 
 class Field(Protocol):
@@ -48,8 +68,69 @@ def linear(params: Params, layer: str, x: Tensor, taps: list[Tap] | None) -> Ten
     return y
 
 
+Activation = Literal["none", "sine", "relu", "sigmoid", "density"]
+
+
+class Layer(NamedTuple):
+    """A linear layer of a network: `activation` of (inputs w + b).
+
+    `inputs` are names of earlier layers or of encoded coordinates, joined in this order. `omega` is
+    the factor of "sine"; "density" is softplus(y - 1).
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    activation: Activation = "none"
+    omega: float = 1.0
+
+
+def activate(layer: Layer, y: Tensor) -> Tensor:
+    """What follows the linear part of a layer, elementwise."""
+    if layer.activation == "sine":
+        return torch.sin(layer.omega * y)
+    if layer.activation == "relu":
+        return torch.relu(y)
+    if layer.activation == "sigmoid":
+        return torch.sigmoid(y)
+    if layer.activation == "density":
+        return torch.nn.functional.softplus(y - 1)
+    return y
+
+
+class Network(ABC):
+    """A field of linear layers, told apart only by its plan and its encoding of coordinates."""
+
+    @property
+    @abstractmethod
+    def plan(self) -> tuple[Layer, ...]:
+        """The layers, each after those that it reads."""
+
+    @property
+    @abstractmethod
+    def outputs(self) -> tuple[str, ...]:
+        """Layers whose activated outputs, joined, are the field's values."""
+
+    @abstractmethod
+    def encode(self, coords: Tensor) -> dict[str, Tensor]:
+        """What layers read of the coordinates (..., N, d_in): name -> (..., N, width)."""
+
+    def __call__(self, params: Params, coords: Tensor, taps: list[Tap] | None = None) -> Tensor:
+        """Values (..., N, d_out) at coords (..., N, d_in)."""
+        known = self.encode(coords)
+        for layer in self.plan:
+            x = join(layer.inputs, known)
+            known[layer.name] = activate(layer, linear(params, layer.name, x, taps))
+        return join(self.outputs, known)
+
+
+def join(names: Sequence[str], known: Mapping[str, Tensor]) -> Tensor:
+    """The named values side by side."""
+    parts = [known[name] for name in names]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
 @dataclass(frozen=True)
-class Siren:
+class Siren(Network):
     """Sine network (Sitzmann et al. 2020): `layers` linear layers, the last without a sine.
 
     The paper's networks: 5 layers of width 256 from 2 to 3 have 198,915 parameters, of width 128
@@ -79,13 +160,25 @@ class Siren:
             params[f"{i}.b"] = _uniform((b,), 1 / math.sqrt(a), generator, dtype)
         return params
 
-    def __call__(self, params: Params, coords: Tensor, taps: list[Tap] | None = None) -> Tensor:
-        """Values (..., N, d_out), unbounded, at coords (..., N, d_in) in [-1, 1]."""
-        x = coords
-        for i in range(self.layers - 1):
-            first = self.first_omega if i == 0 else None
-            x = torch.sin((first or self.omega) * linear(params, f"{i}", x, taps))
-        return linear(params, f"{self.layers - 1}", x, taps)
+    @property
+    def plan(self) -> tuple[Layer, ...]:
+        """`layers` - 1 sine layers and a linear one."""
+        names = ["coords", *(f"{i}" for i in range(self.layers))]
+        sines = [
+            Layer(names[i + 1], (names[i],), "sine", self.omega) for i in range(self.layers - 1)
+        ]
+        if sines and self.first_omega:
+            sines[0] = sines[0]._replace(omega=self.first_omega)
+        return (*sines, Layer(names[-1], (names[-2],)))
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The last layer."""
+        return (f"{self.layers - 1}",)
+
+    def encode(self, coords: Tensor) -> dict[str, Tensor]:
+        """Coordinates in [-1, 1] as they are."""
+        return {"coords": coords}
 
 
 def positional_encoding(x: Tensor, octaves: int) -> Tensor:
@@ -96,7 +189,7 @@ def positional_encoding(x: Tensor, octaves: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class NerfMlp:
+class NerfMlp(Network):
     """The paper's radiance module: ReLU network on encoded position and direction.
 
     Coordinates (..., N, 6) are position in [-1, 1] and unit direction; values (..., N, 4) are RGB
@@ -133,18 +226,29 @@ class NerfMlp:
             params[f"{layer}.b"] = torch.zeros(b, dtype=dtype)
         return params
 
-    def __call__(self, params: Params, coords: Tensor, taps: list[Tap] | None = None) -> Tensor:
-        """RGB and density (..., N, 4); see the class."""
-        position = positional_encoding(coords[..., :3], self.octaves)
-        direction = positional_encoding(coords[..., 3:], self.direction_octaves)
-        x = torch.relu(linear(params, "0", position, taps))
+    @property
+    def plan(self) -> tuple[Layer, ...]:
+        """See the class."""
+        layers = [Layer("0", ("position",), "relu")]
         for i in range(1, self.hidden):
-            x = torch.cat([x, position], dim=-1) if i == self.skip else x
-            x = torch.relu(linear(params, f"{i}", x, taps))
-        density = torch.nn.functional.softplus(linear(params, "density", x, taps) - 1)
-        x = torch.cat([x, direction], dim=-1)
-        x = torch.relu(linear(params, f"{self.hidden}", x, taps))
-        return torch.cat([torch.sigmoid(linear(params, "rgb", x, taps)), density], dim=-1)
+            again = ("position",) if i == self.skip else ()
+            layers.append(Layer(f"{i}", (f"{i - 1}", *again), "relu"))
+        top = f"{self.hidden - 1}"
+        layers.append(Layer("density", (top,), "density"))
+        layers.append(Layer(f"{self.hidden}", (top, "direction"), "relu"))
+        return (*layers, Layer("rgb", (f"{self.hidden}",), "sigmoid"))
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """RGB and density."""
+        return ("rgb", "density")
+
+    def encode(self, coords: Tensor) -> dict[str, Tensor]:
+        """Encoded position and direction."""
+        return {
+            "position": positional_encoding(coords[..., :3], self.octaves),
+            "direction": positional_encoding(coords[..., 3:], self.direction_octaves),
+        }
 
 
 def count(params: Mapping[str, Tensor]) -> int:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mclnf_edge.maths import factored
-from mclnf_edge.maths.fields import Field, Params, Tap
+from mclnf_edge.maths.fields import Field, Inputs, Params, Seen
 
 Fisher = dict[str, Tensor]
 """Diagonal of F, keyed and shaped as the parameters (modules first)."""
@@ -60,7 +60,7 @@ def full_information(g: Tensor, matrix: Tensor) -> Tensor:
     return torch.sum(g * torch.linalg.solve(matrix, g.T).T, dim=1)
 
 
-def diagonal_moment(taps: Sequence[Tap], grads: Sequence[Tensor], rows: int = 1) -> Fisher:
+def diagonal_moment(taps: Sequence[Seen], grads: Sequence[Tensor], rows: int = 1) -> Fisher:
     """Mean over samples of the squared per-sample gradient, exact, layer by layer.
 
     `grads` are dL/d(tap outputs) of the loss summed over samples. For points this is
@@ -82,7 +82,7 @@ def diagonal_moment(taps: Sequence[Tap], grads: Sequence[Tensor], rows: int = 1)
 
 
 def diagonal_information(
-    taps: Sequence[Tap], grads: Sequence[Tensor], fisher: Fisher, damping: float, rows: int = 1
+    taps: Sequence[Seen], grads: Sequence[Tensor], fisher: Fisher, damping: float, rows: int = 1
 ) -> Tensor:
     """q = sum_p g_p^2 / (F_p + damping * mean F) per sample, exact: (..., N)."""
     inverse = inverse_diagonal(fisher, damping)
@@ -101,7 +101,7 @@ def diagonal_information(
 
 
 def factored_information(
-    taps: Sequence[Tap], grads: Sequence[Tensor], damping: float, rows: int = 1
+    taps: Sequence[Seen], grads: Sequence[Tensor], damping: float, rows: int = 1
 ) -> Tensor:
     """q with each weight's F replaced by the rank-one row x column product, (..., N).
 
@@ -116,12 +116,10 @@ def factored_information(
         (tap.inputs, d) if rows == 1 else (_per_sample(tap.inputs, rows), _per_sample(d, rows))
         for tap, d in zip(taps, grads, strict=True)
     ]
-    on_cpu = pairs[0][0].device.type == "cpu"
-    return (
-        factored.information(pairs, damping)
-        if on_cpu and rows == 1
-        else _factored(pairs, damping, rows)
-    )
+    if pairs[0][0].device.type != "cpu" or rows > 1:
+        return _factored(pairs, damping, rows)
+    counted = [tap.factors for tap in taps if isinstance(tap, Inputs) and tap.factors]
+    return factored.information(pairs, damping, counted or None)
 
 
 def _factored(pairs: Sequence[tuple[Tensor, Tensor]], damping: float, rows: int = 1) -> Tensor:
@@ -191,7 +189,7 @@ def gradncp_score(values: Tensor, targets: Tensor, features: Tensor) -> Tensor:
     return torch.mul(error, (features.square().sum(-1) + 1).sqrt())
 
 
-def gradncp_score_of_rays(last: Tap, d: Tensor, rows: int) -> Tensor:
+def gradncp_score_of_rays(last: Seen, d: Tensor, rows: int) -> Tensor:
     """The same for samples that own `rows` rows of the last layer, `d` (..., N rows, d_out)."""
     x, d = _per_sample(last.inputs, rows), _per_sample(d, rows)
     squares = torch.cat([g.square().sum((-2, -1)) for g in _ray_gradients(x, d)], dim=-1)
