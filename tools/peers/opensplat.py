@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -11,6 +12,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from mclnf_edge.images import decode_image
+from mclnf_edge.maths.metrics import psnr
+from mclnf_edge.types import Camera
 from tools.peers import splats
 from tools.peers.project import ONE_THREAD, RGB, HeldOut, PeerError, needs_points
 
@@ -83,12 +89,53 @@ def run(
     Raises PeerError when the process ends before, or the capture has no sparse points.
     """
     needs_points(project)
-    for found, path in list(train(binary, project, out, marks)):
+    frames = json.loads((project / "transforms.json").read_text(encoding="utf-8"))["frames"]
+    unit = unit_of(frames)
+    states = list(train(binary, project, out, marks))
+    flat = sorts_flat(splats.read(states[-1][1]), project, frames[0], unit)
+    for found, path in states:
         began = time.process_time()
         shown = splats.read(path)
-        pictures = [splats.render(shown, v.camera, v.pose, BACKGROUND) for v in views]
+        pictures = []
+        for view in views:
+            key = flat_key(shown, view.camera, view.pose, unit) if flat else None
+            pictures.append(splats.render(shown, view.camera, view.pose, BACKGROUND, key))
         taken = (time.process_time() - began) / len(views)
-        yield found | {"render_s": taken, "splats": len(shown.at)}, pictures
+        more = {"render_s": taken, "splats": len(shown.at), "sorted_by_depth": not flat}
+        yield found | more, pictures
+
+
+def unit_of(frames: Sequence[dict[str, Any]]) -> float:
+    """World units in OpenSplat's own: the largest coordinate of a camera from the cameras' mean."""
+    at = np.array([frame["transform_matrix"] for frame in frames])[:, :3, 3]
+    return float(np.abs(at - at.mean(0)).max())
+
+
+def flat_key(shown: splats.Splats, camera: Camera, pose: splats.F64, unit: float) -> splats.F32:
+    """What the CPU build of OpenSplat 1.1.5 sorts splats by in place of their depth.
+
+    It takes the last column of the splats' (x, y, depth) on the picture (-1..1, near plane 0.001
+    and far plane 1000 of its units) for a list of its own, but steps through all three columns.
+    """
+    x, y, z = splats.facing(pose) @ (shown.at - pose[:3, 3]).T
+    z = np.maximum(z, 1e-6 * unit)
+    across, down = 2 * camera.fx / camera.width, 2 * camera.fy / camera.height
+    depth = (1000.001 - unit / z) / 999.999
+    flat = np.stack([across * x / z, down * y / z, depth], 1).astype(np.float32).ravel()
+    return flat[2 : 2 + len(x)]
+
+
+def sorts_flat(shown: splats.Splats, project: Path, frame: dict[str, Any], unit: float) -> bool:
+    """Whether splats fit a train frame better in the order of `flat_key` than in depth's.
+
+    Splats are learned in the order in which their trainer blends them, so that one tells the other.
+    """
+    intrinsics = [frame[k] for k in ("w", "h", "fl_x", "fl_y", "cx", "cy")]
+    camera, pose = Camera(*intrinsics), np.array(frame["transform_matrix"])
+    truth = decode_image((project / frame["file_path"]).read_bytes(), "png", camera)
+    key = flat_key(shown, camera, pose, unit)
+    orders = [psnr(splats.render(shown, camera, pose, BACKGROUND, k), truth) for k in (None, key)]
+    return orders[1] > orders[0]
 
 
 def train(

@@ -60,17 +60,22 @@ def read(path: Path) -> Splats:
     )
 
 
-def render(splats: Splats, camera: Camera, pose: F64, background: tuple[float, ...]) -> RGB:
+def render(
+    splats: Splats,
+    camera: Camera,
+    pose: F64,
+    background: tuple[float, ...],
+    key: F32 | None = None,
+) -> RGB:
     """The picture (H, W, 3) of a pinhole camera; `pose` camera-to-world, OpenGL axes.
 
-    `background` is the colour (0..1) behind everything.
+    `background` is the colour (0..1) behind everything. Splats are blended in the order of their
+    `key` (n,), of their depth where there is none.
     """
-    turn = (pose[:3, :3] * [1, -1, -1]).T
-    x, y, z = (turn @ (splats.at - pose[:3, 3]).T).astype(np.float64)
-    seen = z > NEAR
-    seen &= np.abs(x) < 1.5 * z * max(camera.width, camera.height) / camera.fx
-    seen &= np.abs(y) < 1.5 * z * max(camera.width, camera.height) / camera.fy
-    order = np.flatnonzero(seen)[np.argsort(z[seen], kind="stable")]
+    turn = facing(pose)
+    x, y, z = turn @ (splats.at - pose[:3, 3]).T
+    front = np.flatnonzero(z > NEAR)
+    order = front[np.argsort((z if key is None else key)[front], kind="stable")]
     x, y, z = x[order], y[order], z[order]
     spread = (turn @ turns(splats.rotation[order])) * splats.scale[order, None]
     covariance = spread @ spread.transpose(0, 2, 1)
@@ -92,6 +97,12 @@ def render(splats: Splats, camera: Camera, pose: F64, background: tuple[float, .
     rgb += through[..., None] * np.asarray(background)
     shown: RGB = np.round(np.clip(rgb, 0, 1) * 255).astype(np.uint8)
     return shown
+
+
+def facing(pose: F64) -> F64:
+    """World to camera rotation, x right, y down, z ahead, of a camera-to-world OpenGL pose."""
+    turned: F64 = (pose[:3, :3] * [1, -1, -1]).T
+    return turned
 
 
 def turns(quaternions: F64) -> F64:
