@@ -136,7 +136,12 @@ def test_a_binary_is_run_to_the_last_mark_measured_and_not_run_again(
     first, last = run["rows"]
     assert first["spent_s"] <= 0.2 and 0.2 < last["spent_s"] <= 0.6
     assert last["steps"] > first["steps"] and last["steps"] % opensplat.EVERY == 0
-    assert last["splats"] == 1 and 5 < last["psnr"] < 15 and len(last["views"]) == 1
+    assert (
+        last["splats"] == 1
+        and last["sorted_by_depth"]
+        and 5 < last["psnr"] < 15
+        and len(last["views"]) == 1
+    )
     shown = cv2.imread(str(tmp_path / "pictures" / "opensplat-flight" / "0.6" / "0002.png"))
     assert shown.shape == (48, 64, 3) and shown[24, 32, 2] > 250 > shown[0, 0, 2]
     assert out.with_suffix(".png").exists()
@@ -172,6 +177,24 @@ def test_splats_are_painted_where_they_are_nearest_first(tmp_path: Path) -> None
     assert shown[row, column, 0] > 245 > 20 > shown[row, column, 1]
     backwards = POSE * [-1, 1, -1, 1]
     assert (splats.render(red, CAMERA, backwards, (0.2, 0.4, 0.6)) == [51, 102, 153]).all()
+
+
+def test_the_order_of_blending_is_told_by_a_train_frame(tmp_path: Path) -> None:
+    at = [[0.0, 0.0, -5.0], [0.1, -0.1, -4.0], [-0.1, 0.1, -6.0], [0.1, 0.1, -4.5]]
+    shown = splats.read(ply(tmp_path / "a.ply", at, [1, 0, 0]))
+    colour = np.array([[[3.0, 0, 0]], [[0, 3, 0]], [[0, 0, 3]], [[3, 3, 0]]]) - 1.7
+    shown = shown._replace(colour=colour, scale=shown.scale * 10, opacity=np.full(4, 0.7))
+    key = opensplat.flat_key(shown, CAMERA, POSE, 10.0)
+    x, y = 2 * 50 / 64 * 0.1 / 4, 2 * 50 / 48 * 0.1 / 4  # of the second, between two depths
+    depths = [(1000.001 - 10 / z) / 999.999 for z in (5, 4)]
+    np.testing.assert_allclose(key, [depths[0], x, y, depths[1]], rtol=1e-6)
+    for order in (None, key):
+        folder = tmp_path / ("flat" if order is not None else "depth")
+        folder.mkdir()
+        picture = splats.render(shown, CAMERA, POSE, BLACK, order)
+        cv2.imwrite(str(folder / "a.png"), picture[..., ::-1])
+        frame = {"file_path": "a.png", **project.words(CAMERA, POSE)}
+        assert opensplat.sorts_flat(shown, folder, frame, 10.0) == (order is not None)
 
 
 def test_harmonics_are_orthonormal_and_colour_follows_the_direction() -> None:
