@@ -98,17 +98,17 @@ def measure(
 
 
 def pesq(got: Signal, truth: Signal) -> float:
-    """Wide-band PESQ (ITU-T P.862.2) at 16 kHz; NaN where it finds no utterance.
+    """Wide-band PESQ (ITU-T P.862.2) at 16 kHz; NaN where it finds no utterance or has no value.
 
     Raises:
         ConfigError: the package `pesq` is not installed.
     """
     package = pesq_package()
-    if not np.any(got):
+    if not np.any(got) or not np.isfinite(got).all():
         return math.nan
     try:
         return float(package.pesq(SAMPLE_RATE_HZ, truth, got, "wb"))
-    except package.PesqError:
+    except (package.PesqError, ValueError):  # the latter where its own sums are not a number
         return math.nan
 
 

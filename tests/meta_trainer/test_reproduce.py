@@ -131,6 +131,7 @@ def test_pesq_of_a_good_and_a_bad_copy(sample_data: Path) -> None:
     noise = np.random.default_rng(0).normal(0, 0.02, sound.shape).astype(np.float32)
     assert evaluate.pesq(sound, sound) > 4.5 > 2.5 > evaluate.pesq(sound + noise, sound)
     assert math.isnan(evaluate.pesq(0 * sound, sound))
+    assert math.isnan(evaluate.pesq(math.nan * sound, sound))
 
 
 def test_missing_pesq_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
