@@ -63,9 +63,9 @@ def _of(factors: Sequence[Factors], module: int) -> tuple[tuple[Floats, ...], tu
 
 
 def _modules(x: Tensor) -> Floats:
-    """(..., N, n) -> (modules, N, n)."""
-    array: Floats = x.detach().reshape(-1, *x.shape[-2:]).contiguous().numpy()
-    return array
+    """(..., N, n) -> (modules, N, n); NumPy's views take a fraction of PyTorch's time."""
+    array: Floats = x.detach().numpy()
+    return np.ascontiguousarray(array).reshape(-1, *array.shape[-2:])
 
 
 @njit(**_JIT)

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mclnf_edge.maths import factored
+from mclnf_edge.maths import factored, kernels
 from mclnf_edge.maths.fields import Field, Inputs, Params, Seen
 
 Fisher = dict[str, Tensor]
@@ -216,6 +216,14 @@ def sample_weights(q: Tensor, lam: float, cap: float) -> Tensor:
     Over the last axis (samples); constant for the gradient. All ones where q is all zero, and 1 for
     a sample whose q is not finite. Bounds: 1/(1 + lam) <= w <= 1 + lam*cap.
     """
+    if q.device.type == "cpu":
+        rows = q.detach().contiguous().view(-1, q.shape[-1]).numpy()
+        return torch.from_numpy(kernels.weights(rows, lam, cap)).view(q.shape)
+    return _sample_weights(q, lam, cap)
+
+
+def _sample_weights(q: Tensor, lam: float, cap: float) -> Tensor:
+    """`sample_weights` on any device."""
     finite = torch.isfinite(q)
     q = torch.where(finite, q, 0).detach()
     mean = q.sum(-1, keepdim=True) / finite.sum(-1, keepdim=True).clamp(min=1)

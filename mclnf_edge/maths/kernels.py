@@ -48,6 +48,30 @@ def sine(y, bias, omega, slope):
 
 
 @njit(**_JIT)
+def weights(q, lam, cap):
+    """`fisher.sample_weights` of each row of q (rows, N)."""
+    f = q.dtype.type
+    tiny = np.finfo(np.float32).tiny
+    found = np.empty_like(q)
+    for row in range(q.shape[0]):
+        of, w = q[row], found[row]
+        total, finite = 0.0, 0
+        for n in range(of.size):
+            if np.isfinite(of[n]):
+                total += of[n]
+                finite += 1
+        scale = lam / max(total / max(finite, 1), tiny)
+        mean = 0.0
+        for n in range(of.size):
+            w[n] = f(1 + min(of[n] * scale, lam * cap)) if np.isfinite(of[n]) else f(1)
+            mean += w[n]
+        mean /= of.size
+        for n in range(of.size):
+            w[n] = f(w[n] / mean)
+    return found
+
+
+@njit(**_JIT)
 def adam(gradient, first, second, betas, scales, epsilon):
     """Move Adam's moments (P,) of the last step on by this step's gradient.
 

@@ -250,6 +250,14 @@ def test_weights_are_bounded_normalised_constant_and_ignore_scale() -> None:
     assert (w[order].diff() >= 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_other_devices_compute_the_same_weights(dtype: torch.dtype) -> None:
+    q = torch.rand(3, 50, dtype=dtype) ** 8
+    q[0, 4], q[1, 7], q[2] = float("inf"), float("nan"), 0
+    compiled = fisher.sample_weights(q, 0.5, 3.0)
+    torch.testing.assert_close(compiled, fisher._sample_weights(q, 0.5, 3.0))
+
+
 def test_weights_by_hand() -> None:
     w = fisher.sample_weights(torch.tensor([1.0, 1.0, 10.0]), lam=1.0, cap=2.0)
     torch.testing.assert_close(w, torch.tensor([1.25, 1.25, 3.0]) * 3 / 5.5)
