@@ -37,6 +37,16 @@ def count(
     _count(tuple(inputs), tuple(grads), rows, columns)
 
 
+def factors(x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """A layer's factors (..., d_in + 1), (..., d_out) of x (..., N, d_in) and d (..., N, d_out)."""
+    inputs, grads = _modules(x), _modules(d)
+    found = no_factors(len(inputs), inputs.shape[2], grads.shape[2], inputs.dtype)
+    for m in range(len(inputs)):
+        count([found], m, [inputs[m]], [grads[m]])
+    row, column = (torch.from_numpy(f).view(*x.shape[:-2], -1) for f in found)
+    return row, column
+
+
 def information(
     pairs: Sequence[tuple[Tensor, Tensor]], damping: float, counted: Sequence[Factors] | None
 ) -> Tensor:

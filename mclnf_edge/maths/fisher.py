@@ -14,7 +14,7 @@ Letters: N samples, P parameters, M optional leading module axis, S rows per sam
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -116,22 +116,27 @@ def factored_information(
         (tap.inputs, d) if rows == 1 else (_per_sample(tap.inputs, rows), _per_sample(d, rows))
         for tap, d in zip(taps, grads, strict=True)
     ]
-    if pairs[0][0].device.type != "cpu" or rows > 1:
+    if pairs[0][0].device.type != "cpu":
         return _factored(pairs, damping, rows)
+    if rows > 1:
+        return _factored(pairs, damping, rows, factored.factors)
     counted = [tap.factors for tap in taps if isinstance(tap, Inputs) and tap.factors]
     return factored.information(pairs, damping, counted or None)
 
 
-def _factored(pairs: Sequence[tuple[Tensor, Tensor]], damping: float, rows: int = 1) -> Tensor:
+def _factored(
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    damping: float,
+    rows: int = 1,
+    factors: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+) -> Tensor:
     """`factored_information` of layers' inputs and gradients on any device.
 
-    They are (..., N, d), and (..., N, rows, d) where a sample owns several rows.
+    They are (..., N, d), and (..., N, rows, d) where a sample owns several rows. `factors` stands
+    in for `_factors`.
     """
-    part = _part if rows == 1 else _part_of_rows
-    found = [
-        _factors(x, d) if rows == 1 else _factors(x.flatten(-3, -2), d.flatten(-3, -2))
-        for x, d in pairs
-    ]
+    part, of = _part if rows == 1 else _part_of_rows, factors or _factors
+    found = [of(x, d) if rows == 1 else of(x.flatten(-3, -2), d.flatten(-3, -2)) for x, d in pairs]
     ins, outs = [r.shape[-1] for r, _ in found], [c.shape[-1] for _, c in found]
     totals = torch.stack([c.sum(-1) for _, c in found], -1)  # a layer's squared scores, summed
     sizes = torch.tensor([ins, outs], dtype=totals.dtype, device=totals.device)
