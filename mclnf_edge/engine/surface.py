@@ -160,10 +160,12 @@ def _visible(x, y, z, eye, raster, x0, y0, inverse, top, slack):
 
 
 @njit(**JIT)
-def visibility(xs, ys, raster, x0, y0, inverse, slack, masks, P, eyes, seen):
+def visibility(xs, ys, raster, x0, y0, inverse, slack, highest, masks, P, eyes, seen):
     """seen (N, ny, nx): 1 where picture i sees the surface at (xs, ys), unmasked and unhidden.
 
-    `masks` (N, H, W) uint8, 0 = ignore; `slack` metres of height are forgiven.
+    `masks` (N, H, W) uint8, 0 = ignore; `slack` metres of height are forgiven. A place at a
+    picture's edge counts only if it would be inside at the `highest` ground around, too: a tree
+    that stands there, and that no other picture tells, hides what lies behind it.
     """
     count, h, w = masks.shape
     top = raster.max()
@@ -182,6 +184,10 @@ def visibility(xs, ys, raster, x0, y0, inverse, slack, masks, P, eyes, seen):
                     or masks[i, int(v), int(u)] == 0
                 ):
                     continue
+                if highest > z:
+                    u, v, q = _pixel(P, i, xs[jx], ys[jy], highest)
+                    if q <= 0 or u < 0 or v < 0 or u >= w - 1 or v >= h - 1:
+                        continue
                 if _visible(xs[jx], ys[jy], z, eyes[i], raster, x0, y0, inverse, top, slack):
                     seen[i, jy, jx] = 1
 

@@ -40,6 +40,7 @@ _WORTH_FRAMES = 0.5  # whole frames' worth of tiles before a cell gets a module 
 _FEW_FRAMES = 8  # of fewer frames a cell needs less
 _ASSUMED_HEIGHT_M = 50.0  # when neither parallax nor the publisher tells
 _TRAINED_RAYS = 4096
+_HIGH_GROUND = 90  # percentile of the heights in and around a cell
 _POINTS = 200_000  # the newest are kept
 _GROUND_POINTS = 200  # around a camera tell the ground below it
 _LEAF = 64  # points in a leaf of the search tree
@@ -298,7 +299,8 @@ class Structure:
 
         seen = np.zeros((len(views), SURFACE, SURFACE), np.uint8)
         at = (nodes(SURFACE, x0), nodes(SURFACE, y0))
-        surface.visibility(*at, raster, *grid, slack, masks, P, eyes, seen)
+        highest = np.float32(np.percentile(raster, _HIGH_GROUND))
+        surface.visibility(*at, raster, *grid, slack, highest, masks, P, eyes, seen)
         pool.seen[s] = seen.sum(0)
         if len(layout.planes):
             fine = int(layout.planes[0, 2])

@@ -123,8 +123,9 @@ def test_visibility_is_what_rays_meet() -> None:
     found = np.zeros((n, 20, 20), np.uint8)
     masks = np.full(seen["images"].shape[:3], 255, np.uint8)
     masks[:, :10] = 0
-    surface.visibility(xs, ys, raster, *grid, np.float32(STEP), masks, seen["P"], seen["eyes"],
-                       found)  # fmt: skip
+    lowest = np.float32(-99)  # no place but those that the picture shows
+    surface.visibility(xs, ys, raster, *grid, np.float32(STEP), lowest, masks, seen["P"],
+                       seen["eyes"], found)  # fmt: skip
     x, y = (v.ravel().astype(np.float64) for v in np.meshgrid(xs, ys))
     wall = (np.abs(np.abs(x) - 3) < 1.7) | (np.abs(np.abs(y) - 8) < 1.7)
     points = np.column_stack([x, y, ground.height(x, y)])
@@ -144,6 +145,25 @@ def test_visibility_is_what_rays_meet() -> None:
         behind = slimmer.cast(eye, away / distance[:, None])[1] < distance - 0.05
         hidden += hit[inside & ~wall & behind].tolist()
     assert len(hidden) > 50 and np.mean(hidden) < 0.05
+
+
+def test_a_place_counts_only_if_higher_ground_there_were_inside_too() -> None:
+    """Against points projected one by one, at the ground and 3 m above it."""
+    seen = pictures(Ground(0.0))
+    raster, grid = true_raster(Ground(0.0))
+    xs = ys = np.linspace(-10.1, 9.9, 20).astype(np.float32)
+    masks = np.full(seen["images"].shape[:3], 255, np.uint8)
+    n, h, w = masks.shape
+    found = np.zeros((2, n, 20, 20), np.uint8)
+    for k, highest in enumerate((-99.0, 3.0)):
+        surface.visibility(xs, ys, raster, *grid, np.float32(STEP), np.float32(highest), masks,
+                           seen["P"], seen["eyes"], found[k])  # fmt: skip
+    x, y = (v.ravel().astype(np.float64) for v in np.meshgrid(xs, ys))
+    q = np.stack([x, y, 0 * x + 3, 0 * x + 1]).T @ seen["P"].astype(np.float64).transpose(0, 2, 1)
+    u, v = q[..., 0] / q[..., 2] - 0.5, q[..., 1] / q[..., 2] - 0.5
+    inside = ((q[..., 2] > 0) & (u >= 0) & (v >= 0) & (u < w - 1) & (v < h - 1)).reshape(n, 20, 20)
+    assert (found[1] == (found[0] > 0) & inside).mean() > 0.999
+    assert 0.02 < np.mean(found[0] != found[1]) < 0.9
 
 
 def test_paint_is_the_exposure_corrected_texture() -> None:
