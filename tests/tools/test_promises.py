@@ -8,7 +8,7 @@ import pytest
 
 from tools.measure import ROOT
 from tools.mechanisms import BY_HAND, MECHANISMS, Mechanism
-from tools.prove_promises import changed, promises, prove, taken_out
+from tools.prove_promises import changed, promises, prove, taken_out, without_folders
 
 
 def test_every_promise_has_a_mechanism() -> None:
@@ -49,3 +49,10 @@ def test_an_unclear_place_is_refused(tmp_path: Path) -> None:
     gone = Mechanism("sums", "a", "sums.py", "a * b", "", ("test_sums.py",))
     with pytest.raises(ValueError, match="0 places"), taken_out(tree_of(tmp_path), gone):
         raise AssertionError("was entered")
+
+
+def test_what_a_test_said_names_no_folder_of_this_machine() -> None:
+    said = "E  writing /tmp/a-1/b_2/map/ledger.db: full\nE  see tests/store/test_x.py::test_y"
+    told = "E  writing ledger.db: full\nE  see tests/store/test_x.py::test_y"
+    assert without_folders(said) == told
+    assert without_folders("tcp://127.0.0.1:7710 and 1 / 2") == "tcp://127.0.0.1:7710 and 1 / 2"
