@@ -50,6 +50,12 @@ def _pixel(P, i, x, y, z):
 
 
 @njit(**JIT)
+def _inside(u, v, q, w, h):
+    """Whether a point at `_pixel` (u, v, q) can be read from a picture of w by h pixels."""
+    return q > 0 and u >= 0 and v >= 0 and u < w - 1 and v < h - 1
+
+
+@njit(**JIT)
 def sweep(x0, y0, step, zs, pictures, P, cost):
     """Fill cost (ny, nx, nz): how little the normalised pictures (N, h, w) agree at each point.
 
@@ -65,7 +71,7 @@ def sweep(x0, y0, step, zs, pictures, P, cost):
                 n, s, s2 = 0, float32(0), float32(0)
                 for i in range(count):
                     u, v, q = _pixel(P, i, x, y, zs[iz])
-                    if q <= 0 or u < 0 or v < 0 or u >= w - 1 or v >= h - 1:
+                    if not _inside(u, v, q, w, h):
                         continue
                     iu, iv = int(u), int(v)
                     a, b = u - float32(iu), v - float32(iv)
@@ -175,19 +181,10 @@ def visibility(xs, ys, raster, x0, y0, inverse, slack, highest, masks, P, eyes, 
             for i in range(count):
                 u, v, q = _pixel(P, i, xs[jx], ys[jy], z)
                 seen[i, jy, jx] = 0
-                if (
-                    q <= 0
-                    or u < 0
-                    or v < 0
-                    or u >= w - 1
-                    or v >= h - 1
-                    or masks[i, int(v), int(u)] == 0
-                ):
+                if not _inside(u, v, q, w, h) or masks[i, int(v), int(u)] == 0:
                     continue
-                if highest > z:
-                    u, v, q = _pixel(P, i, xs[jx], ys[jy], highest)
-                    if q <= 0 or u < 0 or v < 0 or u >= w - 1 or v >= h - 1:
-                        continue
+                if highest > z and not _inside(*_pixel(P, i, xs[jx], ys[jy], highest), w, h):
+                    continue
                 if _visible(xs[jx], ys[jy], z, eyes[i], raster, x0, y0, inverse, top, slack):
                     seen[i, jy, jx] = 1
 
@@ -214,7 +211,7 @@ def paint(xs, ys, raster, x0, y0, inverse, seen, images, P, gains, color):
                 if seen[i, sy, sx] == 0:
                     continue
                 u, v, q = _pixel(P, i, xs[jx], ys[jy], z)
-                if q <= 0 or u < 0 or v < 0 or u >= w - 1 or v >= h - 1:
+                if not _inside(u, v, q, w, h):
                     continue
                 iu, iv = int(u), int(v)
                 a, b = u - float32(iu), v - float32(iv)
