@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,6 @@ from meta_trainer.evaluate import (
     bootstrap,
     mean_known,
     pesq_package,
-    search_rate,
     summary,
 )
 from meta_trainer.methods import METHODS
@@ -39,13 +39,12 @@ from meta_trainer.runs import (
     BUDGETS,
     Job,
     Setting,
+    SoundBudget,
     ViewBudget,
     budget_for,
     chosen_rate,
-    load_episode,
     make_method,
     run_method,
-    start_params,
 )
 from meta_trainer.views import BOUNDS
 
@@ -110,8 +109,15 @@ def paper_dataset(setting: Setting) -> str:
 
 
 def provenance(job: Job) -> dict[str, str]:
-    """What a reader of a row of views must know; nothing for the other modalities."""
+    """What a reader of a row of views or sound must know; nothing for pictures and videos."""
     budget = job.budget
+    if isinstance(budget, SoundBudget):
+        rates = ", ".join(map(str, budget.search))
+        return {
+            "provenance": f"{budget.batch or 'all'} samples per task and step, {budget.meta_steps} "
+            f"meta-training steps, step sizes {rates}, first layer of frequency "
+            f"{budget.first_omega:g}, others {budget.omega:g}"
+        }
     if not isinstance(budget, ViewBudget):
         return {}
     held = f"{budget.held or 'all'} held-out views"
@@ -215,22 +221,16 @@ def controls(job: Job, settings: list[Setting]) -> Iterator[Any]:
     """MIM against mod and its controls, all from the start of (mod), lambda from validation.
 
     First the sweep of lambda on validation signals (`metric` "psnr-validation"), then each
-    weighting on the test signals with the best lambda; "pruned" takes none.
+    weighting on the test signals with the best lambda; "pruned" takes none. Every lambda and every
+    weighting has its own step size, chosen on the same validation signals.
     """
     for setting in settings[:1]:
-        method = make_method("Ours (mod)", setting)
-        rate, _ = chosen_rate(job, setting, "Ours (mod)", method)
-        start = start_params(job, setting, method, 0)
-        items = open_items(setting.dataset, "val", job.root)[: job.budget.search_signals]
-        episodes = [load_episode(i, setting, job.budget) for i in items]
-        sweep = {}
+        method, sweep = make_method("Ours (mod)", setting), {}
         for lam in LAMBDAS:
-            how = job.learning(replace(setting, weighting="diagonal", lam=lam), method)
-            _, tried = search_rate(
-                method, start, episodes, how, (rate,), job.budget.search_steps, 0
-            )
-            sweep[lam] = tried[f"{rate:g}"]
-            yield {"method": f"lambda {lam:g}", "dataset": setting.dataset,
+            weighted = replace(setting, weighting="diagonal", lam=lam)
+            rate, tried = chosen_rate(job, weighted, "Ours (mod)", method)
+            sweep[lam] = max(tried.values())
+            yield {"method": f"lambda {lam:g}", "dataset": setting.dataset, "rate": rate,
                    "metric": "psnr-validation", "best": sweep[lam], "paper": None}  # fmt: skip
         best = max(sweep, key=lambda lam: sweep[lam])
         for weighting in ("none", *CONTROLS):
@@ -299,6 +299,9 @@ TARGETS: dict[str, Callable[[Job, list[Setting]], Iterator[Any]]] = {
     ),
 }
 
+ON_ONE = ("controls", "table4", "table5", "table6", "table7")
+"""Targets about one data set, the first where none is named."""
+
 
 def reproduce(
     target: str,
@@ -325,21 +328,22 @@ def reproduce(
     names = (dataset,) if dataset else ORIGINALS if budget == "paper" else STAND_INS
     if unknown := [n for n in names if n not in DATASETS]:
         raise ConfigError(f"unknown data set {unknown[0]!r}; known: {', '.join(DATASETS)}")
-    job = Job(budget_for(budget, names[0]), root, out)
+    names = names[:1] if target in ON_ONE else names
     out.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
     where = str(folder.resolve()) if folder else None
-    settings = [s for n in names for s in _settings(n, where, root)]
-    rows = list(tqdm(TARGETS[target](job, settings), unit="row"))
+    jobs = {n: Job(budget_for(budget, n), root, out) for n in names}
+    parts = (TARGETS[target](job, _settings(n, where, root)) for n, job in jobs.items())
+    rows = list(tqdm(chain.from_iterable(parts), unit="row"))
     result = {
         "target": target,
-        "budget": dataclasses.asdict(job.budget),
+        "budget": dataclasses.asdict(jobs[names[0]].budget),
         "rows": _finite(rows),
         "machine": machine(),
         "wall_s": round(time.monotonic() - begun, 1),
     }
-    part = [target, budget, *([dataset] if dataset else []), *([folder.name] if folder else [])]
-    (out / f"{'-'.join(part)}.json").write_text(json.dumps(result, indent=1))
+    stem = [target, budget, *([dataset] if dataset else []), *([folder.name] if folder else [])]
+    (out / f"{'-'.join(stem)}.json").write_text(json.dumps(result, indent=1))
     return result
 
 

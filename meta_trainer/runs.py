@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mclnf_edge.mapping.initialization import SHAPES
 from mclnf_edge.maths.adaptation import Rule, Weighting
 from mclnf_edge.maths.fields import NerfMlp, Params, Siren
 from meta_trainer.config import TrainConfig, parse_config
@@ -65,11 +67,16 @@ class ViewBudget(Budget):
     inner_rate: float = 3e-2
 
 
-SOUND_OMEGA = 3000.0
-"""First layer's frequency for sound: with 30 every rate ends at silence (docs/experiments.md)."""
+@dataclass(frozen=True)
+class SoundBudget(Budget):
+    """The same for sound, which is small beside full scale and fast: higher frequencies in the
+    first layer and in the others, and smaller steps with them (docs/experiments.md). Step sizes are
+    searched with more steps: one that is best after few may not last."""
 
-SOUND_OUTER_RATE = 1e-4
-"""Larger outer steps of meta-training make a sound's network forget its high frequencies."""
+    first_omega: float = 3000.0
+    omega: float = 600.0
+    inner_rate: float = 1e-3
+
 
 SHIPPED = Path(__file__).parent / "starts"
 """`<budget>/<name>.pt`: trained by `tools/make_starts.py`, used where their configuration is that
@@ -89,6 +96,17 @@ BUDGETS = {
         Budget("paper", _doubling(4096), 3, 100, 0, 256, 500_000, 0, _RATES, 8, 256),
     )
 }  # fmt: skip
+_SOUND_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+SOUND_BUDGETS = {
+    b.name: b
+    for b in (
+        SoundBudget("smoke", (1, 2, 4), 1, 1, 64, 16, 2, 64, (3e-3,), 1, 2),
+        SoundBudget("cpu", _doubling(512), 3, 4, 512, 256, 1000, 512, _SOUND_RATES, 2, 256,
+                    outer_rate=1e-5),
+        SoundBudget("paper", _doubling(4096), 3, 100, 0, 256, 500_000, 0, _SOUND_RATES, 8, 256,
+                    outer_rate=1e-5),
+    )
+}  # fmt: skip
 _VIEW_RATES = (1e-2, 3e-2, 1e-1, 3e-1)
 VIEW_BUDGETS = {
     b.name: b
@@ -104,7 +122,8 @@ VIEW_BUDGETS = {
 
 def budget_for(name: str, dataset: str) -> Budget:
     """The budget of this name for a data set's modality."""
-    return (VIEW_BUDGETS if DATASETS[dataset].kind == "views" else BUDGETS)[name]
+    kinds: dict[str, Mapping[str, Budget]] = {"views": VIEW_BUDGETS, "audio": SOUND_BUDGETS}
+    return kinds.get(DATASETS[dataset].kind, BUDGETS)[name]
 
 
 @dataclass(frozen=True)
@@ -138,10 +157,13 @@ class Job:
         if isinstance(self.budget, ViewBudget):
             layers = self.budget.layers
             return RayField(NerfMlp(width, layers, layers // 2), self.budget.ray_samples)
-        d_in, d_out = {"image": (2, 3), "video": (3, 3), "audio": (1, 1)}[
-            DATASETS[setting.dataset].kind
-        ]
-        return Siren(d_in, d_out, width, first_omega=SOUND_OMEGA if d_in == 1 else None)
+        kind = DATASETS[setting.dataset].kind
+        assert kind != "views"  # their budget is a ViewBudget
+        d_in, d_out = SHAPES[kind]
+        if isinstance(self.budget, SoundBudget):
+            first = self.budget.first_omega
+            return Siren(d_in, d_out, width, omega=self.budget.omega, first_omega=first)
+        return Siren(d_in, d_out, width)
 
     def learning(self, setting: Setting, method: Method, rate: float = 1e-2) -> Learning:
         """The steps of the comparison: plain gradient steps, FIM weights for MIM only."""
@@ -198,12 +220,15 @@ def start_config(job: Job, setting: Setting, method: Method) -> TrainConfig:
         frames=max(budget.frames, setting.tasks),
         weighting="diagonal" if method.start == "mim" else "none",
     )
-    if isinstance(field, Siren) and field.first_omega is not None:
-        rate = min(config.outer_rate, SOUND_OUTER_RATE)
-        return replace(config, first_omega=field.first_omega, outer_rate=rate)
-    if isinstance(field, Siren):
+    if isinstance(budget, SoundBudget):
+        return replace(
+            config,
+            omega=budget.omega,
+            first_omega=budget.first_omega,
+            inner_rate=budget.inner_rate,
+        )
+    if not isinstance(budget, ViewBudget):
         return config
-    assert isinstance(budget, ViewBudget)
     return replace(
         config,
         layers=budget.layers,
@@ -263,13 +288,11 @@ def run_key(budget: Budget, setting: Setting, name: str, item: Item, seed: int) 
 def chosen_rate(
     job: Job, setting: Setting, name: str, method: Method
 ) -> tuple[float, dict[str, float]]:
-    """This method's step size from the validation signals; kept in `rates.jsonl`.
+    """This method's step size from the validation signals, and every one's figure.
 
-    A budget with one step size has nothing to search.
+    Kept in `rates.jsonl`.
     """
-    if len(job.budget.search) == 1:
-        return job.budget.search[0], {}
-    alone = replace(setting, folder=None, weighting=None, lam=0.1)  # one rate for all controls
+    alone = replace(setting, folder=None)
     parts = [dataclasses.asdict(job.budget), dataclasses.asdict(alone), name]
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
     for line in _lines(job.out / "rates.jsonl"):
