@@ -57,7 +57,7 @@ def city(
 @app.command()
 def reproduce(
     target: Annotated[
-        str, typer.Argument(help="table1 ... table7, fig2, fig3, fig4, controls, or all.")
+        str, typer.Argument(help="table1 ... table7, fig2, fig3, fig4, controls, causes, or all.")
     ],
     budget: Annotated[str, typer.Option(help="smoke, cpu or paper.")] = "smoke",
     dataset: Annotated[

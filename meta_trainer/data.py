@@ -66,6 +66,8 @@ class DataSet:
 
     `paper` names the data set of the paper's tables whose figures stand beside ours. `licence` says
     under which terms the files may be used and whom to name; it travels inside initializations.
+    `starts` names the data set of the same shape that learned starts are trained on, where that is
+    another one: their files may be given away.
     """
 
     name: str
@@ -76,6 +78,7 @@ class DataSet:
     help: str
     paper: str
     licence: str = "unknown"
+    starts: str = ""
 
 
 def default_root() -> Path:
@@ -227,8 +230,11 @@ def _stand_in(kind: Kind) -> Callable[[Path, Split], list[Path]]:
     return paths
 
 
-def _sample(name: str, kind: Kind, shape: Shape, folder: str, paper: str, licence: str) -> DataSet:
-    return DataSet(name, kind, shape, _stand_in(kind), folder, _SAMPLE_HELP, paper, licence)
+def _sample(
+    name: str, kind: Kind, shape: Shape, folder: str, paper: str, licence: str, starts: str = ""
+) -> DataSet:
+    files = _stand_in(kind)
+    return DataSet(name, kind, shape, files, folder, _SAMPLE_HELP, paper, licence, starts)
 
 
 def _free_pictures(base: Path, split: Split) -> list[Path]:
@@ -362,7 +368,10 @@ DATASETS: dict[str, DataSet] = {
             "librispeech3",
         ),
         _sample("faces", "image", _FACE, "faces", "celeba", "mostly public domain, unchecked"),
-        _sample("photos", "image", _PHOTO, "photos", "imagenette", "ImageNet: research only"),
+        _sample(
+            "photos", "image", _PHOTO, "photos", "imagenette", "ImageNet: research only",
+            "free-pictures",
+        ),
         _sample("speech1", "audio", _ONE, "speech", "librispeech1", _LIBRISPEECH),
         _sample("speech", "audio", _THREE, "speech", "librispeech3", _LIBRISPEECH),
         _sample("video", "video", _TALK, "video", "voxceleb2", _GRID),

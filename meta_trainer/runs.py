@@ -27,7 +27,7 @@ from meta_trainer.evaluate import (
     run_signal,
     search_rate,
 )
-from meta_trainer.methods import METHODS, Learning, Method
+from meta_trainer.methods import METHODS, VARIANTS, Learning, Method
 from meta_trainer.ray_field import RayField, rows_of
 from meta_trainer.signals import cut_item
 from meta_trainer.trainer import load_init, train
@@ -205,9 +205,10 @@ def shipped_start(config: TrainConfig) -> Path | None:
 def start_config(job: Job, setting: Setting, method: Method) -> TrainConfig:
     """The meta-training behind a learned start; one per data set, cut, tasks and width."""
     field, budget = job.field(setting, method), job.budget
-    name = f"{setting.dataset}-{method.start}-{setting.cut}-{setting.tasks}-{field.width}"
+    learned_on = DATASETS[setting.dataset].starts or setting.dataset
+    name = f"{learned_on}-{method.start}-{setting.cut}-{setting.tasks}-{field.width}"
     config = TrainConfig(
-        dataset=setting.dataset,
+        dataset=learned_on,
         start=method.start,  # type: ignore[arg-type]
         out=str(job.out / "starts" / budget.name / name),
         width=field.width,
@@ -241,7 +242,7 @@ def start_config(job: Job, setting: Setting, method: Method) -> TrainConfig:
 
 def make_method(name: str, setting: Setting) -> Method:
     """The method with one module per task where it is modular."""
-    method = METHODS[name]
+    method = METHODS[name] if name in METHODS else VARIANTS[name][1]
     if method.modules:
         method = replace(method, modules=setting.tasks)  # type: ignore[type-var]
     return method
@@ -309,6 +310,8 @@ def chosen_rate(
         0,
     )
     line = {"key": key, "method": name, "dataset": setting.dataset, "rate": rate, "tried": tried}
+    if setting.weighting:
+        line |= {"weighting": setting.weighting, "lam": setting.lam}
     _append(job.out / "rates.jsonl", line)
     return rate, tried
 

@@ -15,11 +15,13 @@ from meta_trainer.methods.base import AfterTask, Learning, flat, pick
 
 @dataclass(frozen=True)
 class Offline:
-    """Each step draws T batches from the whole signal: as many samples as T tasks' steps."""
+    """Each step draws `batches` batches from the whole signal, 0: as many as there are tasks T, so
+    that it sees as many samples as a step on each of the tasks."""
 
     name: str
     start: str
     modules: int = 0
+    batches: int = 0
 
     def learn(
         self,
@@ -35,7 +37,7 @@ class Offline:
         coords, values = flat(episode)
         params, state, kept = start, State(), {0: start}
         for step in range(1, max(marks) + 1):
-            data = pick(coords, values, how.batch * episode.tasks, generator)
+            data = pick(coords, values, how.batch * (self.batches or episode.tasks), generator)
             params, state, _ = inner_step(
                 how.field,
                 params,

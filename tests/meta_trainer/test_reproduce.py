@@ -19,7 +19,7 @@ from mclnf_edge.errors import CaptureError, ConfigError
 from meta_trainer import evaluate, reproduce, runs
 from meta_trainer.config import parse_config
 from meta_trainer.data import DATASETS
-from meta_trainer.methods import STARTS
+from meta_trainer.methods import STARTS, VARIANTS
 from meta_trainer.report import agreement, as_text, falls, write_report
 from meta_trainer.reproduce import TARGETS
 from meta_trainer.runs import BUDGETS, Job, Setting
@@ -118,6 +118,23 @@ def test_controls_sweep_lambda_and_start_alike(root: Path, out: Path) -> None:
     assert tests["none"]["curve"] == mod["curve"]
 
 
+def test_causes_run_further_and_read_methods_otherwise(root: Path, out: Path) -> None:
+    rows = reproduce.reproduce("causes", dataset="faces", root=root, out=out)["rows"]
+    longer = [r for r in rows if "steps)" in r["method"]]
+    assert [r["method"] for r in longer] == [
+        "MOL (to 32 steps)", "Ours (mod) (to 32 steps)", "Ours (MIM) (to 32 steps)",
+    ]  # fmt: skip
+    table = reproduce.reproduce("table1", dataset="faces", root=root, out=out)["rows"]
+    plain = {r["method"]: r for r in table}
+    assert all(list(r["curve"]) == ["1", "2", "4", "8", "16", "32"] for r in longer)
+    assert longer[1]["curve"]["4"] == plain["Ours (mod)"]["curve"]["4"]
+    others = [r for r in rows if r not in longer]
+    assert [r["method"] for r in others] == list(VARIANTS)
+    for row in others:
+        own = plain[VARIANTS[row["method"]][0]]
+        assert row["paper"] == own["paper"] and row["curve"] != own["curve"]
+
+
 def test_audio_is_measured_with_pesq(root: Path, out: Path) -> None:
     pytest.importorskip("pesq", reason="the optional package pesq is not installed")
     rows = reproduce.reproduce("table2", dataset="speech1", root=root, out=out)["rows"]
@@ -202,6 +219,9 @@ def test_agreement_and_falls_by_hand() -> None:
 
     rows = [row("A", 30, 40, [20, 30]), row("B", 25, 35, [25, 22]), row("C", 28, 30, [28, 28])]
     assert agreement(rows) == {"d": (2, 3, ["B / C"])}
+    close = [{**r, "interval": span} for r, span in zip(rows, [(29, 31), (24, 27), (27, 29)])]
+    assert agreement(close) == {"d": (2, 3, ["B ~ C"])}
+    assert agreement([{**r, "interval": (r["best"], None)} for r in rows]) == agreement(rows)
     assert falls(rows) == {("d", "A"): 0, ("d", "B"): 3, ("d", "C"): 0}
 
 
@@ -237,7 +257,7 @@ def test_text_of_a_result() -> None:
 def test_a_shipped_start_is_the_one_that_reproduce_looks_for(path: Path, tmp_path: Path) -> None:
     config = parse_config(load_init(path)["config"])
     kind = DATASETS[config.dataset].kind
-    setting = Setting(path.stem.partition("-")[0], cut=config.cut, tasks=config.tasks)
+    setting = Setting(config.dataset, cut=config.cut, tasks=config.tasks)
     job = Job(runs.budget_for(path.parent.name, setting.dataset), None, tmp_path)
     method = runs.make_method(STARTS[config.start], setting)
     asked = runs.start_config(job, setting, method)
@@ -250,10 +270,27 @@ def test_a_shipped_start_is_the_one_that_reproduce_looks_for(path: Path, tmp_pat
     assert runs.shipped_start(other) is None, "another training is not taken for it"
 
 
+def test_photos_start_from_what_free_pictures_taught(tmp_path: Path) -> None:
+    job = Job(BUDGETS["cpu"], None, tmp_path)
+    photos, free = (
+        runs.start_config(job, Setting(name), reproduce.METHODS["MOL"])
+        for name in ("photos", "free-pictures")
+    )
+    assert photos == free and free.dataset == "free-pictures"
+    assert DATASETS["photos"].shape == DATASETS["free-pictures"].shape
+
+
 def test_budgets_and_targets_are_the_issues() -> None:
     assert list(BUDGETS) == ["smoke", "cpu", "paper"]
     assert BUDGETS["paper"].marks[-1] == 4096 and BUDGETS["cpu"].marks[-1] == 512
-    assert set(TARGETS) == {*(f"table{k}" for k in range(1, 8)), "fig2", "fig3", "fig4", "controls"}
+    assert set(TARGETS) == {
+        *(f"table{k}" for k in range(1, 8)),
+        "fig2",
+        "fig3",
+        "fig4",
+        "controls",
+        "causes",
+    }
     job = Job(BUDGETS["paper"], None, Path("x"))
     mim = job.learning(Setting("faces"), reproduce.METHODS["Ours (MIM)"])
     mod = job.learning(Setting("faces"), reproduce.METHODS["Ours (mod)"])
