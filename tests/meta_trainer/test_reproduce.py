@@ -219,7 +219,10 @@ def test_agreement_and_falls_by_hand() -> None:
 
     rows = [row("A", 30, 40, [20, 30]), row("B", 25, 35, [25, 22]), row("C", 28, 30, [28, 28])]
     assert agreement(rows) == {"d": (2, 3, ["B / C"])}
-    close = [{**r, "interval": span} for r, span in zip(rows, [(29, 31), (24, 27), (27, 29)])]
+    close = [
+        {**r, "interval": span}
+        for r, span in zip(rows, [(29, 31), (24, 27), (27, 29)], strict=True)
+    ]
     assert agreement(close) == {"d": (2, 3, ["B ~ C"])}
     assert agreement([{**r, "interval": (r["best"], None)} for r in rows]) == agreement(rows)
     assert falls(rows) == {("d", "A"): 0, ("d", "B"): 3, ("d", "C"): 0}
