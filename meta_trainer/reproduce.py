@@ -57,12 +57,20 @@ OURS = ("Ours (mod)", "Ours (MIM)")
 
 
 def make_row(
-    job: Job, setting: Setting, name: str, metric: str, paper: dict[str, Any] | None
+    job: Job,
+    setting: Setting,
+    name: str,
+    metric: str,
+    paper: dict[str, Any] | None,
+    pictures: bool = False,
 ) -> dict[str, Any]:
-    """One row of the JSON contract, with the spread over seeds and an interval over signals."""
+    """One row of the JSON contract, with the spread over seeds and an interval over signals.
+
+    With `pictures` the reconstructions of one run are there as well.
+    """
     if metric == "pesq":
         pesq_package()
-    records = run_method(job, setting, name)
+    records = run_method(job, setting, name, pictures)
     row = summary([r["curve"] for r in records], metric)
     best = str(row["best_step"])
     signals = sorted({r["signal"] for r in records})
@@ -127,13 +135,16 @@ def provenance(job: Job) -> dict[str, str]:
     }
 
 
-def compare(job: Job, settings: Sequence[Setting], table: str, metric: str) -> Iterator[Any]:
+def compare(
+    job: Job, settings: Sequence[Setting], table: str, metric: str, pictures: bool = False
+) -> Iterator[Any]:
     """Rows of tables 1 to 3: every method on every data set."""
     for setting in settings:
         like = paper_dataset(setting)
         own = PERCEPTUAL[DATASETS[setting.dataset].kind] if metric == "perceptual" else metric
         for name in METHODS:
-            yield make_row(job, setting, name, own, paper_row(table, own, like, name))
+            paper = paper_row(table, own, like, name)
+            yield make_row(job, setting, name, own, paper, pictures)
 
 
 def paper_tables() -> dict[str, Any]:
@@ -157,9 +168,11 @@ def paper_row(table: str, metric: str, dataset: str, method: str) -> dict[str, A
     )
 
 
-def _plain(table: str, metric: str, cut: Cut = "strips") -> Callable[[Job, list[Setting]], Any]:
+def _plain(
+    table: str, metric: str, cut: Cut = "strips", pictures: bool = False
+) -> Callable[[Job, list[Setting]], Any]:
     return lambda job, settings: compare(
-        job, [replace(s, cut=cut) for s in settings if _fits(s, cut)], table, metric
+        job, [replace(s, cut=cut) for s in settings if _fits(s, cut)], table, metric, pictures
     )
 
 
@@ -312,9 +325,9 @@ TARGETS: dict[str, Callable[[Job, list[Setting]], Iterator[Any]]] = {
     "table6": table6,
     "table7": table7,
     "fig2": _plain("table1", "psnr"),
-    "fig3": _plain("table1", "psnr"),
+    "fig3": _plain("table1", "psnr", pictures=True),
     "fig4": lambda job, settings: (
-        make_row(job, s, name, "psnr", None)
+        make_row(job, s, name, "psnr", None, pictures=True)
         for s in settings
         if DATASETS[s.dataset].kind != "audio"
         for name in OURS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -242,6 +243,21 @@ def test_report_has_tables_curves_and_panels(root: Path, out: Path) -> None:
     assert page.read_text().count("data:image/png;base64,") >= 3
     with pytest.raises(ConfigError, match="no results"):
         write_report(out / "figures")
+
+
+def test_figures_make_pictures_again_where_they_are_gone(root: Path, out: Path) -> None:
+    made = reproduce.reproduce("fig4", dataset="faces", root=root, out=out)
+    lines = (out / "runs.jsonl").read_text()
+    panels = out / "panels" / made["rows"][0]["panel"]
+    pictures = {p.name: p.read_bytes() for p in panels.iterdir()}
+    shutil.rmtree(panels)
+    table = reproduce.reproduce("table1", dataset="faces", root=root, out=out)["rows"]
+    assert not panels.exists(), "a table needs no pictures"
+    again = reproduce.reproduce("fig4", dataset="faces", root=root, out=out)
+    assert again["rows"] == made["rows"]
+    assert [r["curve"] for r in table[-2:]] == [r["curve"] for r in made["rows"]]
+    assert {p.name: p.read_bytes() for p in panels.iterdir()} == pictures
+    assert (out / "runs.jsonl").read_text() == lines
 
 
 def test_text_of_a_result() -> None:
