@@ -58,6 +58,8 @@ FIRST_SHARE = 0.25
 """A frame is a block's first when it sees this share of its pixels in a held-out view."""
 FEWEST = 150
 """Pixels (of the small renders) that a block must have in a view to count there."""
+CLOSELY_S = 10.0
+"""So long after the last frame renders go on as often as before, then a quarter as often."""
 GOAL_DB = -0.3
 GIVE_UP_S = 1800.0
 
@@ -122,7 +124,7 @@ class Flyer:
                 shown = [self._render(frame, SMALL_PX).rgb for frame in self.held_out]
                 sent = len(self.flight.sent_at)
                 self.flight.small.append(Shots(sent, wall, cpu, shown))
-            time.sleep(0.2)
+            time.sleep(0.05)
 
     def whole(self, sent: int) -> None:
         """Renders of all held-out views in full, off the flight's clock."""
@@ -137,8 +139,10 @@ class Flyer:
 
     def wait(self, until_s: float) -> str:
         """Wait for a second of the flight or until every module is closed; which came first."""
-        self.every_s *= 4
-        while self.now()[0] < until_s:
+        closely_s = self.now()[0] + CLOSELY_S
+        while (wall := self.now()[0]) < until_s:
+            if wall >= closely_s:
+                self.every_s, closely_s = self.every_s * 4, math.inf
             status = self.client.status()
             done = status["modules"] and not daemons.open_modules(status)
             if done and not daemons.lag(status):

@@ -23,6 +23,9 @@ U8 = npt.NDArray[np.uint8]
 MOST = 1.0
 """The largest cost: pictures that have nothing in common."""
 
+NEAREST = 0.1
+"""Metres before a camera's plane from which on a point can be seen."""
+
 NO_VIEWS = 0.3
 """Cost of a point that fewer than two pictures see: less than that of pictures that differ, else
 ground at the edge of what was seen sinks to where a second picture would see it."""
@@ -42,7 +45,7 @@ def normalised(image: U8) -> F32:
 def _pixel(P, i, x, y, z):
     """(column, row, depth) of a point in picture i; depth <= 0 behind the camera."""
     q = P[i, 2, 0] * x + P[i, 2, 1] * y + P[i, 2, 2] * z + P[i, 2, 3]
-    if q <= 0.1:
+    if q <= NEAREST:
         return float32(-1), float32(-1), float32(-1)
     u = (P[i, 0, 0] * x + P[i, 0, 1] * y + P[i, 0, 2] * z + P[i, 0, 3]) / q - float32(0.5)
     v = (P[i, 1, 0] * x + P[i, 1, 1] * y + P[i, 1, 2] * z + P[i, 1, 3]) / q - float32(0.5)
@@ -63,25 +66,40 @@ def sweep(x0, y0, step, zs, pictures, P, cost):
     """
     count, h, w = pictures.shape
     ny, nx, nz = cost.shape
+    flat = pictures.reshape(count, h * w)
+    us, vs = np.empty(nz, np.float32), np.empty(nz, np.float32)
+    n, s, s2 = np.empty(nz, np.float32), np.empty(nz, np.float32), np.empty(nz, np.float32)
     for iy in range(ny):
-        y = y0 + (iy + 0.5) * step
+        y = y0 + (iy + float32(0.5)) * step
         for ix in range(nx):
-            x = x0 + (ix + 0.5) * step
-            for iz in range(nz):
-                n, s, s2 = 0, float32(0), float32(0)
-                for i in range(count):
-                    u, v, q = _pixel(P, i, x, y, zs[iz])
-                    if not _inside(u, v, q, w, h):
+            x = x0 + (ix + float32(0.5)) * step
+            n[:], s[:], s2[:] = 0, 0, 0
+            for i in range(count):
+                # `_pixel`, linear in z along a column: all its points at once, for the compiler
+                u0 = P[i, 0, 0] * x + P[i, 0, 1] * y + P[i, 0, 3]
+                v0 = P[i, 1, 0] * x + P[i, 1, 1] * y + P[i, 1, 3]
+                q0 = P[i, 2, 0] * x + P[i, 2, 1] * y + P[i, 2, 3]
+                for iz in range(nz):
+                    q = max(q0 + P[i, 2, 2] * zs[iz], float32(NEAREST))
+                    u = (u0 + P[i, 0, 2] * zs[iz]) / q - float32(0.5)
+                    v = (v0 + P[i, 1, 2] * zs[iz]) / q - float32(0.5)
+                    inside = (u >= 0) & (v >= 0) & (u < w - 1) & (v < h - 1)
+                    us[iz] = u if inside & (q > float32(NEAREST)) else float32(-1)
+                    vs[iz] = v
+                for iz in range(nz):
+                    if us[iz] < 0:
                         continue
-                    iu, iv = int(u), int(v)
-                    a, b = u - float32(iu), v - float32(iv)
-                    f = (1 - b) * ((1 - a) * pictures[i, iv, iu] + a * pictures[i, iv, iu + 1])
-                    f += b * ((1 - a) * pictures[i, iv + 1, iu] + a * pictures[i, iv + 1, iu + 1])
-                    n += 1
-                    s += f
-                    s2 += f * f
-                if n >= 2:
-                    cost[iy, ix, iz] = min((s2 - s * s / n) / (n - 1), float32(MOST))
+                    iu, iv = int(us[iz]), int(vs[iz])
+                    a, b, at = us[iz] - float32(iu), vs[iz] - float32(iv), iv * w + iu
+                    f = (1 - b) * ((1 - a) * flat[i, at] + a * flat[i, at + 1])
+                    f += b * ((1 - a) * flat[i, at + w] + a * flat[i, at + w + 1])
+                    n[iz] += 1
+                    s[iz] += f
+                    s2[iz] += f * f
+            for iz in range(nz):
+                if n[iz] >= 2:
+                    spread = (s2[iz] - s[iz] * s[iz] / n[iz]) / (n[iz] - 1)
+                    cost[iy, ix, iz] = min(spread, float32(MOST))
                 else:
                     cost[iy, ix, iz] = float32(NO_VIEWS)
 

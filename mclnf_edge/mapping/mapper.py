@@ -383,31 +383,34 @@ class Mapper:
         frames: list[HeldFrame],
         pause: Pause,
     ) -> None:
-        for cell in cells:
-            seeing = [f for f in frames if cell in f.tiles]
-            flying = max(float(f.eye[2]) - structure.ground(f) for f in seeing)
-            module = self.modules.get(cell)
-            if module is None:
-                band = structure.band(cell, flying)
-                module = self.modules[cell] = pool.spawn(cell, *band)
-                about = {**module.about, "frame": seeing[-1].id}
-                log.info("task %s opened by frame %d", module.id, seeing[-1].id, extra=about)
-            low, high = structure.sweep(cell, seeing, *structure.band(cell, flying))
-            pool.place(cell, module.slot, low, high)
+        seeing = {c: [f for f in frames if c in f.tiles] for c in cells}
+        bands = {}
+        for cell, views in seeing.items():
+            flying = max(float(f.eye[2]) - structure.ground(f) for f in views)
+            bands[cell] = structure.band(cell, flying)
+            if cell not in self.modules:
+                module = self.modules[cell] = pool.spawn(cell, *bands[cell])
+                about = {**module.about, "frame": views[-1].id}
+                log.info("task %s opened by frame %d", module.id, views[-1].id, extra=about)
+        groups = [cells[i : i + self.threads] for i in range(0, len(cells), self.threads)]
+        for group in groups:
+            swept = pool.executor.map(lambda c: structure.sweep(c, seeing[c], *bands[c]), group)
+            for cell, found in zip(group, swept, strict=True):
+                pool.place(cell, self.modules[cell].slot, *found)
             pause()
         if not cells:
             return
         involved = [f for f in frames if any(c in f.tiles for c in cells)]
         structure.fit_exposures(cells, involved, pause)
-        for cell in cells:
-            module = self.modules[cell]
-            structure.seed(pool, module, frames)
-            pool.weights[module.slot] = pool.mlp
-            pool.reset_learning(module.row)
-            seeing = [f for f in frames if cell in f.tiles]
-            module.seeded_with, module.rays, module.seconds = len(seeing), 0, 0.0
-            for frame in seeing:
-                frame.rays = 0  # what they taught is gone
+        for group in groups:
+            list(pool.executor.map(lambda c: structure.seed(pool, self.modules[c], frames), group))
+            for cell in group:
+                module = self.modules[cell]
+                pool.weights[module.slot] = pool.mlp
+                pool.reset_learning(module.row)
+                module.seeded_with, module.rays, module.seconds = len(seeing[cell]), 0, 0.0
+                for frame in seeing[cell]:
+                    frame.rays = 0  # what they taught is gone
             pause()
 
     # -- adaptation -----------------------------------------------------------------------------
