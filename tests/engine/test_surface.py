@@ -60,6 +60,34 @@ def test_sweep_finds_a_step() -> None:
     assert np.mean(np.abs(found - true)[away & (true < 2)] < 0.6) > 0.85
 
 
+def test_a_cost_is_the_variance_of_the_pictures_that_see_the_point() -> None:
+    seen = pictures(Ground(), 5)
+    P = seen["half_P"].copy()
+    P[3] = -P[3]  # looks away: the same pixels from behind its plane
+    pics, (h, w) = seen["half"], seen["half"].shape[1:]
+    zs = np.linspace(-6, 60, 23, dtype=np.float32)  # up to above the cameras
+    cost = np.zeros((9, 9, len(zs)), np.float32)
+    surface.sweep(-18.0, -18.0, 4.0, zs, pics, P, cost)
+    counts = set()
+    for iy, ix, iz in np.ndindex(cost.shape):
+        at = np.array([-18 + (ix + 0.5) * 4, -18 + (iy + 0.5) * 4, zs[iz], 1])
+        found, edge = [], False
+        for one, picture in zip(P.astype(np.float64), pics, strict=True):
+            x, y, q = one @ at
+            u, v = x / q - 0.5, y / q - 0.5
+            sides = [q - surface.NEAREST, u, v, w - 1 - u, h - 1 - v]
+            edge |= min(map(abs, sides)) < 1e-3  # where rounding decides
+            if min(sides) > 0:
+                i, j, a, b = int(u), int(v), u % 1, v % 1
+                top = (1 - a) * picture[j, i] + a * picture[j, i + 1]
+                low = (1 - a) * picture[j + 1, i] + a * picture[j + 1, i + 1]
+                found.append((1 - b) * top + b * low)
+        counts.add(len(found))
+        true = min(np.var(found, ddof=1), surface.MOST) if len(found) > 1 else surface.NO_VIEWS
+        assert edge or cost[iy, ix, iz] == pytest.approx(true, abs=2e-3)
+    assert counts >= {0, 1, 2, 3, 4}
+
+
 def test_points_that_fewer_than_two_pictures_see_cost_the_most() -> None:
     seen = pictures(Ground())
     cost = np.zeros((2, 2, 3), np.float32)
