@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import math
+import mimetypes
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -220,7 +221,7 @@ def _section(result: Mapping[str, Any], out: Path, figures: Path, name: str) -> 
         _plot(rows, path)
         lines += [f"![{target}]({path.relative_to(out)})", ""]
     if target in ("fig3", "fig4"):
-        lines += _panels(rows, out, figures / f"{name}-panels.png")
+        lines += _panels(rows, out, figures / f"{name}-panels.jpg")
     return lines
 
 
@@ -301,7 +302,8 @@ def _html_line(line: str, out: Path) -> str:
     if line.startswith("!["):
         name, path = line[2:-1].split("](")
         data = base64.b64encode((out / path).read_bytes()).decode()
-        return f"<p><img alt='{html.escape(name)}' src='data:image/png;base64,{data}'></p>"
+        kind = mimetypes.guess_type(path)[0]
+        return f"<p><img alt='{html.escape(name)}' src='data:{kind};base64,{data}'></p>"
     if line.startswith("#"):
         level = len(line) - len(line.lstrip("#"))
         return f"<h{level}>{html.escape(line.lstrip('# '))}</h{level}>"
