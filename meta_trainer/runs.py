@@ -78,6 +78,10 @@ class SoundBudget(Budget):
     inner_rate: float = 1e-3
 
 
+SINGLE_SOUND = 0.3
+"""Outer step size of one wide network for sound against a module's: at the module's its weights
+grow sixfold within 1,000 steps, and it learns nothing more."""
+
 SHIPPED = Path(__file__).parent / "starts"
 """`<budget>/<name>.pt`: trained by `tools/make_starts.py`, used where their configuration is that
 asked for."""
@@ -224,6 +228,7 @@ def start_config(job: Job, setting: Setting, method: Method) -> TrainConfig:
     if isinstance(budget, SoundBudget):
         return replace(
             config,
+            outer_rate=budget.outer_rate * (1 if method.modules else SINGLE_SOUND),
             omega=budget.omega,
             first_omega=budget.first_omega,
             inner_rate=budget.inner_rate,
