@@ -241,7 +241,7 @@ def test_report_has_tables_curves_and_panels(root: Path, out: Path) -> None:
     assert "| faces-mol-strips-4-256 | faces | 1500 |" in text
     assert "| faces | Ours (MIM) |" in text and "best (paper)" in text and "Discrepancies" in text
     text = page.read_text()
-    assert text.count("data:image/png;base64,") >= 2 and text.count("data:image/jpeg;base64,") == 1
+    assert text.count("data:image/png;base64,") >= 2 and text.count("data:image/jpeg;base64,") >= 1
     with pytest.raises(ConfigError, match="no results"):
         write_report(out / "figures")
 
