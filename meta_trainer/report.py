@@ -213,7 +213,7 @@ def _section(result: Mapping[str, Any], out: Path, figures: Path, name: str) -> 
                      + (f"; not (~ with overlapping intervals): {', '.join(wrong)}." if wrong
                         else "."))  # fmt: skip
     for (dataset, method), drop in falls(rows).items():
-        if drop > 0.2 and rows[0].get("metric") == "psnr":
+        if drop > 0.2 and row_label(rows, dataset) == "PSNR (dB)":
             lines.append(f"- {dataset}, {method}: falls {drop:.2f} dB below its running best.")
     lines.append("")
     if any("curve" in r for r in rows):
@@ -249,7 +249,7 @@ def _plot(rows: Sequence[Row], path: Path) -> None:
 
 def row_label(rows: Sequence[Row], dataset: str) -> str:
     """The axis label with its unit."""
-    metric = next(r["metric"] for r in rows if r["dataset"] == dataset)
+    metric = next(r["metric"] for r in rows if r["dataset"] == dataset and "curve" in r)
     return "PSNR (dB)" if metric == "psnr" else str(metric).upper()
 
 

@@ -21,7 +21,7 @@ from meta_trainer import evaluate, reproduce, runs
 from meta_trainer.config import parse_config
 from meta_trainer.data import DATASETS
 from meta_trainer.methods import STARTS, VARIANTS
-from meta_trainer.report import agreement, as_text, falls, write_report
+from meta_trainer.report import agreement, as_text, falls, row_label, write_report
 from meta_trainer.reproduce import TARGETS
 from meta_trainer.runs import BUDGETS, Job, Setting
 from meta_trainer.trainer import load_init
@@ -259,6 +259,13 @@ def test_figures_make_pictures_again_where_they_are_gone(root: Path, out: Path) 
     assert [r["curve"] for r in table[-2:]] == [r["curve"] for r in made["rows"]]
     assert {p.name: p.read_bytes() for p in panels.iterdir()} == pictures
     assert (out / "runs.jsonl").read_text() == lines
+
+
+def test_a_plot_is_labelled_by_what_it_shows() -> None:
+    sweep = {"dataset": "d", "metric": "psnr-validation", "best": 20.0}
+    curve = {"dataset": "d", "metric": "psnr", "curve": {"1": 20.0}}
+    assert row_label([sweep, curve], "d") == "PSNR (dB)"
+    assert row_label([{**curve, "metric": "ssim"}], "d") == "SSIM"
 
 
 def test_text_of_a_result() -> None:
