@@ -94,8 +94,10 @@ def local_renderer(map_dir: Path, device: str = "auto") -> Callable[[View], Rend
     def render(view: View) -> Render:
         site, pose = sites.find(view.world)(view.T_world_camera)
         placed = replace(view, T_world_camera=pose)
-        gain = mapper.exposures.at(view.stream, view.timestamp)
-        return renderer.render(mapper.pool, mapper.origins.get(site), placed, gain, site=site)
+        origin = mapper.origins.get(site)
+        meter = mapper.exposures.meter(view.stream, view.timestamp, view.exposure)
+        gain = renderer.gain(mapper.pool, origin, placed, meter, site)
+        return renderer.render(mapper.pool, origin, placed, gain, site=site)
 
     return render
 

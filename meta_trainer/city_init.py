@@ -188,8 +188,10 @@ class Episode:
         return [self._psnr(frame, shrink) for frame in self.test]
 
     def gain(self, frame: Frame) -> F32:
-        """(3,) log exposure of a test frame, from its neighbours in time."""
-        return self.mapper.exposures.at(_STREAM, frame.timestamp)
+        """(3,) log exposure of a test frame, from its neighbours in time and the map."""
+        meter = self.mapper.exposures.meter(_STREAM, frame.timestamp, frame.exposure)
+        view = View(frame.camera, frame.T_world_camera, frame.timestamp, _STREAM)
+        return self._renderer.gain(self.mapper.pool, self.mapper.origins[0], view, meter)
 
     def truth(self, frame: Frame, shrink: int) -> npt.NDArray[np.uint8]:
         """(H, W, 3) a test frame as it was taken, at 1/shrink its size."""

@@ -41,9 +41,10 @@ def posed_replies(
     if request.quality != "preview":
         wanted.append(view)
     origin = mapper.origins.get(site)
+    start = time.monotonic()
+    meter = mapper.exposures.meter(view.stream, view.timestamp, view.exposure)
+    gain = renderer.gain(mapper.pool, origin, view, meter, site)
     for number, shown in enumerate(wanted, 1):
-        start = time.monotonic()
-        gain = mapper.exposures.at(view.stream, view.timestamp)
         done = renderer.render(mapper.pool, origin, shown, gain, versions, site)
         ms = (time.monotonic() - start) * 1e3
         yield RenderReply(
@@ -60,6 +61,7 @@ def posed_replies(
             ms=ms,
             final=number == len(wanted),
         )
+        start = time.monotonic()
 
 
 def _sized(request: RenderRequest) -> View:

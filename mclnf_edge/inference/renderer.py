@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from mclnf_edge.engine.picture import TILE, UNKNOWN, Painted, Shot
 from mclnf_edge.geometry import require_pinhole
+from mclnf_edge.mapping.exposures import Meter
 from mclnf_edge.mapping.extents import Window, reachable
 from mclnf_edge.mapping.modules import ModulePool, cell_name
 from mclnf_edge.mapping.optimizer import paint
@@ -22,6 +24,8 @@ KNOWN = 0.5
 _COARSE_STEPS = 48
 _SAMPLES = 8
 _UNIFORM = 0.01
+_METER_PX = 48
+"""Longer edge of the picture by which a view's brightness is measured."""
 
 
 class Renderer:
@@ -84,6 +88,22 @@ class Renderer:
         done.depth[done.known < KNOWN] = np.nan
         names = tuple(sorted(cell_name(c) for c in cells))
         return Render(done.rgb, done.depth, done.known, map_version, names)
+
+    def gain(
+        self,
+        pool: ModulePool | None,
+        origin: npt.NDArray[np.float64] | None,
+        view: View,
+        meter: Meter,
+        site: int = 0,
+    ) -> F32:
+        """Log exposure (3,) to show a view with: `meter`'s, of a small picture at exposure 0."""
+        shrink = _METER_PX / max(view.camera.width, view.camera.height)
+        size = (max(round(n * shrink), 1) for n in (view.camera.width, view.camera.height))
+        small = replace(view, camera=view.camera.scaled(*size))
+        shown = self.render(pool, origin, small, np.zeros(3, np.float32), site=site)
+        known = shown.rgb[shown.known >= KNOWN]
+        return meter(float(known.mean()) / 255 if len(known) else UNKNOWN)
 
 
 def _window(shot: Shot) -> Window:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 
@@ -33,7 +34,8 @@ class HeldFrame:
     `border` the same for tiles just beyond a cell's border, in its margin;
     `band` is the lowest and highest z of those cells' modules. `site` is the part of the world it
     was taken in, `task` what the publisher or the clock call its task, `arrived` monotonic seconds.
-    An `anchored` frame's gain came from closed modules.
+    An `anchored` frame's gain came from closed modules. `brightness` and `exposure` are natural
+    logarithms of the picture's mean and of what its metadata says, NaN where unknown.
     """
 
     id: int
@@ -54,12 +56,16 @@ class HeldFrame:
     band: tuple[float, float] = (0.0, 0.0)
     rays: int = 0
     anchored: bool = False
+    exposure: float = math.nan
+    brightness: float = field(init=False)
     half: F32 = field(init=False)
     keypoints: F32 = field(init=False)
     descriptors: npt.NDArray[np.uint8] | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.half = normalised(self.image)
+        mean = float(np.mean(cv2.mean(self.image, self.mask)[:3])) / 255
+        self.brightness = math.log(mean) if mean > 0 else math.nan
         gray = cv2.cvtColor(self.image, cv2.COLOR_RGB2GRAY)
         points, descriptors = cv2.ORB.create(nfeatures=600, fastThreshold=8).detectAndCompute(
             gray, self.mask
@@ -146,6 +152,7 @@ def hold(
         (camera.fx, camera.fy, camera.cx, camera.cy),
         frame.T_world_camera[:3, :3].astype(np.float32),
         (frame.T_world_camera[:3, 3] - origin).astype(np.float32), site, task,
+        exposure=math.log(frame.exposure) if frame.exposure else math.nan,
     )  # fmt: skip
 
 
