@@ -1,9 +1,9 @@
 """Surface height and colour straight from posed pictures: what a new module starts from.
 
-`sweep` compares pictures along vertical columns (a plane sweep in world space, variance of locally
-normalised brightness over the views that see a point), `smooth` regularises the costs along four
-directions (semi-global matching), `paint` writes the exposure-corrected mean colour of the views
-that see a surface point. None of it uses bounds, sparse points or poses from elsewhere.
+`sweep` compares pictures along vertical columns (a plane sweep in world space, robust variance of
+locally normalised brightness over the views that may see a point), `smooth` regularises the costs
+along four directions (semi-global matching), `paint` writes the exposure-corrected mean colour of
+the views that see a surface point. None of it uses bounds, sparse points or poses from elsewhere.
 """
 
 from __future__ import annotations
@@ -22,6 +22,13 @@ U8 = npt.NDArray[np.uint8]
 
 MOST = 1.0
 """The largest cost: pictures that have nothing in common."""
+
+DOUBT, OCCLUDED = 0.2, 0.5
+"""Squared distances from the mean at which a picture counts half in it, and above which it counts
+as one that sees something else."""
+
+_SMALL, _LARGE = 0.05, 1.0
+"""Costs of a step of one level between neighbouring columns, and of any other step."""
 
 NEAREST = 0.1
 """Metres before a camera's plane from which on a point can be seen."""
@@ -62,18 +69,23 @@ def _inside(u, v, q, w, h):
 def sweep(x0, y0, step, zs, pictures, P, cost):
     """Fill cost (ny, nx, nz): how little the normalised pictures (N, h, w) agree at each point.
 
-    Columns stand at (x0 + (i + 0.5) step, ...); `P` (N, 3, 4) projects to half-size pixels.
+    Columns stand at (x0 + (i + 0.5) step, ...); `P` (N, 3, 4) projects to half-size pixels. Which
+    pictures see a point and which something before it is not known yet: those far from the others
+    hardly move the mean (two rounds of weights 1 / (1 + d^2 / DOUBT)), and their squared distance
+    d^2 from it counts no more than OCCLUDED.
     """
     count, h, w = pictures.shape
     ny, nx, nz = cost.shape
     flat = pictures.reshape(count, h * w)
     us, vs = np.empty(nz, np.float32), np.empty(nz, np.float32)
-    n, s, s2 = np.empty(nz, np.float32), np.empty(nz, np.float32), np.empty(nz, np.float32)
+    values, sees = np.empty((count, nz), np.float32), np.empty((count, nz), np.float32)
+    n, mean = np.empty(nz, np.float32), np.empty(nz, np.float32)
+    total, weight = np.empty(nz, np.float32), np.empty(nz, np.float32)
     for iy in range(ny):
         y = y0 + (iy + float32(0.5)) * step
         for ix in range(nx):
             x = x0 + (ix + float32(0.5)) * step
-            n[:], s[:], s2[:] = 0, 0, 0
+            n[:], total[:] = 0, 0
             for i in range(count):
                 # `_pixel`, linear in z along a column: all its points at once, for the compiler
                 u0 = P[i, 0, 0] * x + P[i, 0, 1] * y + P[i, 0, 3]
@@ -87,21 +99,37 @@ def sweep(x0, y0, step, zs, pictures, P, cost):
                     us[iz] = u if inside & (q > float32(NEAREST)) else float32(-1)
                     vs[iz] = v
                 for iz in range(nz):
+                    values[i, iz], sees[i, iz] = 0, 0
                     if us[iz] < 0:
                         continue
                     iu, iv = int(us[iz]), int(vs[iz])
                     a, b, at = us[iz] - float32(iu), vs[iz] - float32(iv), iv * w + iu
                     f = (1 - b) * ((1 - a) * flat[i, at] + a * flat[i, at + 1])
                     f += b * ((1 - a) * flat[i, at + w] + a * flat[i, at + w + 1])
+                    values[i, iz], sees[i, iz] = f, 1
                     n[iz] += 1
-                    s[iz] += f
-                    s2[iz] += f * f
+                    total[iz] += f
             for iz in range(nz):
-                if n[iz] >= 2:
-                    spread = (s2[iz] - s[iz] * s[iz] / n[iz]) / (n[iz] - 1)
-                    cost[iy, ix, iz] = min(spread, float32(MOST))
-                else:
-                    cost[iy, ix, iz] = float32(NO_VIEWS)
+                mean[iz] = total[iz] / max(n[iz], float32(1))
+            for _ in range(2):
+                total[:], weight[:] = 0, float32(1e-9)
+                for i in range(count):
+                    for iz in range(nz):
+                        d = values[i, iz] - mean[iz]
+                        share = sees[i, iz] / (float32(DOUBT) + d * d)
+                        total[iz] += share * values[i, iz]
+                        weight[iz] += share
+                for iz in range(nz):
+                    mean[iz] = total[iz] / weight[iz]
+            total[:] = 0
+            for i in range(count):
+                for iz in range(nz):
+                    d = values[i, iz] - mean[iz]
+                    total[iz] += sees[i, iz] * min(d * d, float32(OCCLUDED))
+            for iz in range(nz):
+                spread = total[iz] / max(n[iz] - 1, float32(1))
+                few = n[iz] < 2
+                cost[iy, ix, iz] = float32(NO_VIEWS) if few else min(spread, float32(MOST))
 
 
 @njit(**JIT)
@@ -146,11 +174,15 @@ def heights(
     sweep(np.float32(x0), np.float32(y0), np.float32(step), zs, pictures, P, cost)
     for i in range(len(zs)):
         cost[..., i] = cv2.GaussianBlur(np.ascontiguousarray(cost[..., i]), (0, 0), 1.0)
-    total = smooth(cost, np.float32(0.1), np.float32(0.5))
-    best = total.argmin(-1)
-    h = zs[best]
-    sure = np.take_along_axis(cost, best[..., None], -1)[..., 0]
-    return cv2.medianBlur(h.astype(np.float32), 5), sure
+    total = smooth(cost, np.float32(_SMALL), np.float32(_LARGE))
+    best = total.argmin(-1)[..., None]
+    sure = np.take_along_axis(cost, best, -1)[..., 0]
+    # the vertex of the parabola through the best level and its neighbours
+    inner = best.clip(1, len(zs) - 2)
+    below, at, above = (np.take_along_axis(total, inner + k, -1) for k in (-1, 0, 1))
+    off = 0.5 * (below - above) / np.maximum(below - 2 * at + above, 1e-6)
+    h = zs[best] + np.where(best == inner, off.clip(-0.5, 0.5), 0) * (zs[1] - zs[0])
+    return cv2.medianBlur(h[..., 0].astype(np.float32), 5), sure
 
 
 @njit(**JIT)
