@@ -40,7 +40,8 @@ DISCREPANCIES = (
 def as_text(result: Mapping[str, Any]) -> str:
     """A result as a Markdown table."""
     datasets = dict.fromkeys(r["dataset"] for r in result["rows"] if "dataset" in r)
-    about = ", ".join([result["budget"]["name"], *datasets])
+    names = dict.fromkeys(budget["name"] for budget in result["budgets"].values())
+    about = ", ".join([*names, *datasets])
     return "\n".join([f"## {result['target']} ({about})", "", *_table(result)])
 
 
@@ -195,17 +196,17 @@ def _trainings() -> Iterator[str]:
 
 
 def _section(result: Mapping[str, Any], out: Path, figures: Path, name: str) -> list[str]:
-    target, budget, rows = result["target"], result["budget"], result["rows"]
-    lines = [
-        as_text(result),
-        "",
-        f"Steps to {budget['marks'][-1]} per task, {budget['batch'] or 'all'} coordinates per task "
-        f"and step for every method, {budget['seeds']} seeds, {budget['meta_steps']} meta-training "
-        f"steps, step sizes tried: {', '.join(map(str, budget['search']))} "
-        f"({budget['search_steps']} steps on validation signals). "
-        f"{result['wall_s']} s on {result['machine']}.",
-        "",
+    target, rows = result["target"], result["rows"]
+    lines = [as_text(result), ""]
+    lines += [
+        f"{dataset}: steps to {budget['marks'][-1]} per task, {budget['batch'] or 'all'} "
+        f"coordinates per task and step for every method, {budget['seeds']} seeds, "
+        f"{budget['meta_steps']} meta-training steps, step sizes tried: "
+        f"{', '.join(map(str, budget['search']))} "
+        f"({budget['search_steps']} steps on validation signals)."
+        for dataset, budget in result["budgets"].items()
     ]
+    lines += [f"{result['wall_s']} s on {result['machine']}.", ""]
     lines += [f"- {text}." for text in dict.fromkeys(r["provenance"] for r in rows
                                                       if "provenance" in r)]  # fmt: skip
     for dataset, (agree, pairs, wrong) in agreement(rows).items():

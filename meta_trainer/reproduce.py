@@ -372,7 +372,7 @@ def reproduce(
     rows = list(tqdm(chain.from_iterable(parts), unit="row"))
     result = {
         "target": target,
-        "budget": dataclasses.asdict(jobs[names[0]].budget),
+        "budgets": {name: dataclasses.asdict(job.budget) for name, job in jobs.items()},
         "rows": _finite(rows),
         "machine": machine(),
         "wall_s": round(time.monotonic() - begun, 1),

@@ -276,7 +276,7 @@ def test_text_of_a_result() -> None:
         "best": 12.345,
         "paper": {"best": 20.0},
     }
-    text = as_text({"target": "t", "budget": {"name": "smoke"}, "rows": [row]})
+    text = as_text({"target": "t", "budgets": {"faces": {"name": "smoke"}}, "rows": [row]})
     assert text.splitlines()[-1] == "| d | OL | psnr | 12.35 | 20 |"
 
 
