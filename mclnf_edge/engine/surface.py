@@ -9,6 +9,7 @@ the views that see a surface point. None of it uses bounds, sparse points or pos
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import cv2
 import numpy as np
@@ -20,6 +21,10 @@ from mclnf_edge.engine.field import JIT
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 
+_SAME: dict[str, Any] = {**JIT, "fastmath": False}
+"""For what must round alike in every run: with it, where arrays happen to lie decides which of two
+roundings a loop gets, and the least of nearly equal costs turns on that."""
+
 MOST = 1.0
 """The largest cost: pictures that have nothing in common."""
 
@@ -27,7 +32,7 @@ DOUBT, OCCLUDED = 0.2, 0.5
 """Squared distances from the mean at which a picture counts half in it, and above which it counts
 as one that sees something else."""
 
-_SMALL, _LARGE = 0.05, 1.0
+_SMALL, _LARGE = 0.08, 1.0
 """Costs of a step of one level between neighbouring columns, and of any other step."""
 
 NEAREST = 0.1
@@ -65,7 +70,7 @@ def _inside(u, v, q, w, h):
     return q > 0 and u >= 0 and v >= 0 and u < w - 1 and v < h - 1
 
 
-@njit(**JIT)
+@njit(**_SAME)
 def sweep(x0, y0, step, zs, pictures, P, cost):
     """Fill cost (ny, nx, nz): how little the normalised pictures (N, h, w) agree at each point.
 
@@ -132,7 +137,7 @@ def sweep(x0, y0, step, zs, pictures, P, cost):
                 cost[iy, ix, iz] = float32(NO_VIEWS) if few else min(spread, float32(MOST))
 
 
-@njit(**JIT)
+@njit(**_SAME)
 def smooth(cost, small, large):
     """Semi-global matching of (ny, nx, nz) costs along rows and columns, both ways."""
     ny, nx, nz = cost.shape

@@ -110,6 +110,19 @@ def test_a_cost_is_the_robust_variance_of_the_pictures_that_see_the_point() -> N
     assert counts >= {0, 1, 2, 3, 4}
 
 
+def test_costs_are_the_same_bits_wherever_arrays_lie() -> None:
+    seen, random = pictures(Ground(), 5), np.random.default_rng(0)
+    zs = np.linspace(-4, 8, 17, dtype=np.float32)
+    found, kept = set(), []
+    for _ in range(12):
+        kept.append(np.zeros(random.integers(1, 9000), np.uint8))  # moves what comes after it
+        cost = np.empty((9, 9, len(zs)), np.float32)
+        surface.sweep(-18.0, -18.0, 4.0, zs, seen["half"], seen["half_P"], cost)
+        total = surface.smooth(cost, np.float32(0.1), np.float32(0.5))
+        found.add((cost.tobytes(), total.tobytes()))
+    assert len(found) == 1
+
+
 def test_points_that_fewer_than_two_pictures_see_cost_the_most() -> None:
     seen = pictures(Ground())
     cost = np.zeros((2, 2, 3), np.float32)
