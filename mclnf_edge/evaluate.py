@@ -30,8 +30,8 @@ def evaluate(
 
     `psnr` takes every pixel (unknown ones mid-grey), `psnr_known` the known ones, `psnr_aligned`
     every pixel after one affine colour fit per view; `ssim` every pixel. The means are over views.
-    A view's exposure comes from its time, never from its pixels. Raises CaptureError when the split
-    is empty.
+    A view's exposure is told by the map (`Exposures.meter`), never from its pixels. Raises
+    CaptureError when the split is empty.
     """
     frames = capture.split(split).frames
     if not len(frames):

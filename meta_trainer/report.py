@@ -191,7 +191,7 @@ def _trainings() -> Iterator[str]:
             f"| {row['seconds']:.0f} | {row['load']} | {row['query_psnr']:.2f} |"
         )
     yield ""
-    yield f"One core each of: {held['machine']['cpu']}."
+    yield f"One core each; the last was learned on: {held['machine']['cpu']}."
     yield ""
 
 

@@ -64,8 +64,7 @@ class Exposures:
         """Keep the frames' gains; the arrays are shared, later changes of them are seen."""
         self._sorted.clear()
         for f in frames:
-            taken = Taken(f.gain, f.brightness, f.exposure)
-            self._known.setdefault(f.stream, {})[f.timestamp] = taken
+            self._known.setdefault(f.stream, {})[f.timestamp] = _taken(f)
 
     def guess(self, stream: str, timestamp: float) -> F32:
         """A new frame's first gain (3,): that of its stream's nearest frame in time, else 0."""
@@ -127,6 +126,10 @@ class Exposures:
                 kept[float(time or 0.0)] = Taken(np.array(gain, np.float32), *told)
 
 
+def _taken(frame: HeldFrame) -> Taken:
+    return Taken(frame.gain, frame.brightness, frame.exposure)
+
+
 def _row(time: float, taken: Taken) -> list[float | None]:
     told = (taken.brightness, taken.exposure)
     known = [None if np.isnan(v) else float(v) for v in told]
@@ -137,8 +140,7 @@ def rows_of(frames: Iterable[HeldFrame]) -> Rows:
     """The frames' gains, JSON-able."""
     rows: Rows = {}
     for f in frames:
-        taken = Taken(f.gain, f.brightness, f.exposure)
-        rows.setdefault(f.stream, []).append(_row(f.timestamp, taken))
+        rows.setdefault(f.stream, []).append(_row(f.timestamp, _taken(f)))
     return rows
 
 
