@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from mclnf_edge.mapping.initialization import SHAPES
-from mclnf_edge.maths.adaptation import Rule, Weighting
+from mclnf_edge.maths.adaptation import Rule, Stepping, Weighting
 from mclnf_edge.maths.fields import NerfMlp, Params, Siren
 from meta_trainer.config import TrainConfig, parse_config
 from meta_trainer.data import DATASETS, Item, open_folder, open_items
@@ -57,14 +57,17 @@ class Budget:
 class ViewBudget(Budget):
     """The same for view synthesis. `batch` rays per task and step, `ray_samples` on each, `rays`
     held per task; pictures `view_width` pixels across, `held` test views measured (0: all); an MLP
-    of `layers` hidden layers, steps of `inner_rate` in meta-training."""
+    of `layers` hidden layers. Steps are Adam's: plain ones leave a deep ReLU network of rays at the
+    mean colour (docs/experiments.md). Adam goes with the first-order meta-gradient."""
 
     view_width: int = 480
     ray_samples: int = 64
     rays: int = 2**18
     held: int = 0
     layers: int = 10
-    inner_rate: float = 3e-2
+    inner_rate: float = 1e-3
+    stepping: Stepping = "adam"
+    outer_rate: float = 3e-3
 
 
 @dataclass(frozen=True)
@@ -111,15 +114,16 @@ SOUND_BUDGETS = {
                     outer_rate=1e-5),
     )
 }  # fmt: skip
-_VIEW_RATES = (1e-2, 3e-2, 1e-1, 3e-1)
+_VIEW_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 VIEW_BUDGETS = {
     b.name: b
     for b in (
-        ViewBudget("smoke", (1, 2, 4), 1, 1, 8, 16, 2, 8, (1e-2,), 1, 2,
+        ViewBudget("smoke", (1, 2, 4), 1, 1, 8, 16, 2, 8, (3e-3,), 1, 2,
                    view_width=32, ray_samples=4, rays=64, held=1),
         ViewBudget("cpu", _doubling(512), 3, 2, 64, 64, 1500, 64, _VIEW_RATES, 1, 64,
-                   view_width=96, ray_samples=24, rays=2**15, held=2),
-        ViewBudget("paper", _doubling(1024), 3, 100, 256, 512, 500_000, 256, _VIEW_RATES, 2, 256),
+                   view_width=96, ray_samples=16, rays=2**15, held=0),
+        ViewBudget("paper", _doubling(1024), 3, 100, 256, 512, 500_000, 256,
+                   (1e-4, *_VIEW_RATES[:-1]), 2, 256, outer_rate=1e-4),
     )
 }  # fmt: skip
 
@@ -170,9 +174,10 @@ class Job:
         return Siren(d_in, d_out, width)
 
     def learning(self, setting: Setting, method: Method, rate: float = 1e-2) -> Learning:
-        """The steps of the comparison: plain gradient steps, FIM weights for MIM only."""
+        """The steps of the comparison: plain ones or Adam's, FIM weights for MIM only."""
         own: Weighting = "diagonal" if method.start == "mim" else "none"
-        rule = Rule(setting.weighting or own, lam=setting.lam)
+        stepping = self.budget.stepping if isinstance(self.budget, ViewBudget) else "sgd"
+        rule = Rule(setting.weighting or own, stepping, lam=setting.lam)
         field, batch = self.field(setting, method), self.budget.batch
         if isinstance(field, RayField):
             batch *= setting.widen  # the paper's Table 4 widens both
@@ -180,14 +185,18 @@ class Job:
 
 
 def start_params(job: Job, setting: Setting, method: Method, seed: int) -> Params:
-    """Random parameters of this seed, or the learned start, trained now if it is not there."""
+    """Random parameters of this seed, or a learned start: the package's own, else one trained now
+    on the data set's training signals."""
     field = job.field(setting, method)
     if method.start == "random":
         return field.init(torch.Generator().manual_seed(seed))
-    config = start_config(job, setting, method)
-    path = shipped_start(config) or Path(config.out) / "init.pt"
-    if not path.is_file():
-        train(config, job.root)
+    shared = DATASETS[setting.dataset].starts or setting.dataset
+    path = shipped_start(start_config(job, setting, method, shared))
+    if path is None:
+        config = start_config(job, setting, method, setting.dataset)
+        path = Path(config.out) / "init.pt"
+        if not path.is_file():
+            train(config, job.root)
     params: Params = load_init(path)["params"]
     return params
 
@@ -206,10 +215,9 @@ def shipped_start(config: TrainConfig) -> Path | None:
     return path if replace(held, out=config.out) == config else None
 
 
-def start_config(job: Job, setting: Setting, method: Method) -> TrainConfig:
-    """The meta-training behind a learned start; one per data set, cut, tasks and width."""
+def start_config(job: Job, setting: Setting, method: Method, learned_on: str) -> TrainConfig:
+    """The meta-training behind a start; one per data set that it learns on, cut, tasks, width."""
     field, budget = job.field(setting, method), job.budget
-    learned_on = DATASETS[setting.dataset].starts or setting.dataset
     name = f"{learned_on}-{method.start}-{setting.cut}-{setting.tasks}-{field.width}"
     config = TrainConfig(
         dataset=learned_on,
@@ -238,6 +246,8 @@ def start_config(job: Job, setting: Setting, method: Method) -> TrainConfig:
     return replace(
         config,
         layers=budget.layers,
+        order="first" if budget.stepping == "adam" else "second",
+        stepping=budget.stepping,
         inner_rate=budget.inner_rate,
         view_width=budget.view_width,
         rays=budget.rays,

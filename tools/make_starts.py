@@ -20,6 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from meta_trainer.config import TrainConfig  # noqa: E402
+from meta_trainer.data import DATASETS  # noqa: E402
 from meta_trainer.methods import METHODS, STARTS  # noqa: E402
 from meta_trainer.reproduce import STAND_INS  # noqa: E402
 from meta_trainer.runs import (  # noqa: E402
@@ -49,7 +50,8 @@ def main() -> int:
         setting = Setting(dataset, cut=asked.cut)
         job = Job(budget_for("cpu", dataset), asked.root, asked.out)
         for name in asked.methods:
-            config = start_config(job, setting, make_method(name, setting))
+            learned_on = DATASETS[dataset].starts or dataset
+            config = start_config(job, setting, make_method(name, setting), learned_on)
             if shipped_start(config) is None:
                 print(dataset, name, flush=True)
                 path = shipped_path(config)

@@ -284,11 +284,12 @@ def test_text_of_a_result() -> None:
 def test_a_shipped_start_is_the_one_that_reproduce_looks_for(path: Path, tmp_path: Path) -> None:
     config = parse_config(load_init(path)["config"])
     kind = DATASETS[config.dataset].kind
+    budget = runs.budget_for(path.parent.name, config.dataset)
     setting = Setting(config.dataset, cut=config.cut, tasks=config.tasks)
-    job = Job(runs.budget_for(path.parent.name, setting.dataset), None, tmp_path)
-    method = runs.make_method(STARTS[config.start], setting)
-    asked = runs.start_config(job, setting, method)
-    assert runs.shipped_start(asked) == path and kind in ("image", "audio", "video")
+    job, method = Job(budget, None, tmp_path), runs.make_method(STARTS[config.start], setting)
+    setting = replace(setting, widen=config.width // job.field(setting, method).width)
+    asked = runs.start_config(job, setting, method, config.dataset)
+    assert runs.shipped_start(asked) == path and kind in ("image", "audio", "video", "views")
     got = runs.start_params(job, setting, method, 0)
     assert not list(tmp_path.iterdir()), "nothing was trained"
     fresh = job.field(setting, method).init(torch.Generator().manual_seed(0))
@@ -297,14 +298,16 @@ def test_a_shipped_start_is_the_one_that_reproduce_looks_for(path: Path, tmp_pat
     assert runs.shipped_start(other) is None, "another training is not taken for it"
 
 
-def test_photos_start_from_what_free_pictures_taught(tmp_path: Path) -> None:
-    job = Job(BUDGETS["cpu"], None, tmp_path)
-    photos, free = (
-        runs.start_config(job, Setting(name), reproduce.METHODS["MOL"])
-        for name in ("photos", "free-pictures")
-    )
-    assert photos == free and free.dataset == "free-pictures"
-    assert DATASETS["photos"].shape == DATASETS["free-pictures"].shape
+@pytest.mark.parametrize(("name", "shared"), [("photos", "free-pictures"), ("drone", "flights")])
+def test_a_start_from_files_that_may_be_given_away_serves_others_of_that_shape(
+    name: str, shared: str, tmp_path: Path
+) -> None:
+    assert DATASETS[name].starts == shared and DATASETS[name].shape == DATASETS[shared].shape
+    job, method = Job(runs.budget_for("cpu", name), None, tmp_path), reproduce.METHODS["MOL"]
+    shipped = runs.shipped_path(runs.start_config(job, Setting(name), method, shared))
+    held, got = load_init(shipped)["params"], runs.start_params(job, Setting(name), method, 0)
+    assert not list(tmp_path.iterdir()), "nothing was trained"
+    assert all(torch.equal(got[n], held[n]) for n in held)
 
 
 def test_budgets_and_targets_are_the_issues() -> None:
