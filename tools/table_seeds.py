@@ -187,7 +187,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _views(rows: Sequence[dict[str, Any]], *where: str) -> dict[str, float]:
     """Every held-out view of some rows -> dB, found below the keys `where`."""
-    out = {}
+    out: dict[str, float] = {}
     for row in rows:
         values = row
         for key in where:

@@ -41,8 +41,8 @@ def pack(mapper: Mapper) -> tuple[Arrays, dict[str, Any]]:
     for m in mapper.learning():
         meta["modules"].append(
             {"cell": list(m.cell), "version": m.version, "steps": m.steps, "rays": m.rays,
-             "seeded_with": m.seeded_with, "frames": sorted(m.frames), "psnr": m.psnr,
-             "asked": m.asked, "seconds": m.seconds, "tasks": sorted(m.tasks),
+             "seeded_with": m.seeded_with, "fresh": m.fresh, "frames": sorted(m.frames),
+             "psnr": m.psnr, "asked": m.asked, "seconds": m.seconds, "tasks": sorted(m.tasks),
              "tiles": mapper.tiles[m.cell], "gone": m.gone}
         )  # fmt: skip
         for name in (*_SLOT, "band"):
@@ -110,7 +110,7 @@ def _unpack_module(mapper: Mapper, arrays: Arrays, item: dict[str, Any]) -> None
     pool.guarded[m.row] = item["version"] > 1 and pool.layout.features > 0
     mapper.tiles[cell], m.gone, m.tasks = item["tiles"], item["gone"], set(item["tasks"])
     m.version, m.steps, m.rays = item["version"], item["steps"], item["rays"]
-    m.seeded_with, m.psnr = item["seeded_with"], item["psnr"]
+    m.seeded_with, m.fresh, m.psnr = item["seeded_with"], item.get("fresh", 0), item["psnr"]
     m.asked, m.seconds = bool(item["asked"]), float(item["seconds"])
     m.frames, m.last_frame_at = set(item["frames"]), time.monotonic()
 

@@ -38,6 +38,10 @@ log = logging.getLogger(__name__)
 
 _LEFT_S = 4.0
 """Seconds without a frame that sees a module after which the flight has moved on."""
+_MORE = 1.1
+"""How many times the frames that its surface is from a module must have then, to begin anew."""
+_FRESH = 0.25
+"""Share of new frames from which on a module looks for ground that it had not seen."""
 
 
 @dataclass(frozen=True)
@@ -233,10 +237,11 @@ class Mapper:
 
         A module begins anew, from a surface measured again, each time its views have doubled and
         once more when the flight has moved on: what is learned on a surface from few views is
-        worth less than the surface from more. Not once it has let frames go.
+        worth less than the surface from more. Not once it has let frames go. In between, and
+        where it does not begin anew, ground that it sees for the first time is added to it.
         """
         last = last or self.draining
-        left = any(self._left(m) for m in self.learning())
+        left = any(self._left(m) or self._sees_more(m) for m in self.learning())
         if not self.dirty and not left and not (self.alone and (last or self._waited())):
             return False
         frames = list(self.frames.values())
@@ -277,8 +282,16 @@ class Mapper:
                 module = self.modules.get(cell)
                 if module is not None and frame.id not in module.frames and module.row >= 0:
                     module.frames.add(frame.id)
+                    module.fresh += cell not in seeds
                     module.tasks.add(frame.task)
                     module.last_frame_at = max(module.last_frame_at, frame.arrived)
+        for module in self.learning():
+            here = any(module.cell in f.tiles for f in frames)
+            known = _FRESH * (len(module.frames) - module.fresh)
+            if here and (module.fresh > (0 if last else known) or self._sees_more(module)):
+                structure.extend(pool, module, frames, pool.fisher[module.row])
+                module.fresh = 0
+                pause()
 
     def _revisit(self, structure: Structure, module: Module, frames: list[HeldFrame]) -> None:
         fresh = revisits.fresh_frames(module, frames)
@@ -365,15 +378,19 @@ class Mapper:
         """Whether it is a first version, and every frame that taught it is still held."""
         return module.row >= 0 and module.version == 1 and module.frames <= self.frames.keys()
 
-    def _left(self, module: Module) -> bool:
-        """Whether a module's surface is from clearly fewer frames than see it, and no more come.
+    def _passed(self, module: Module) -> bool:
+        """Whether the flight has moved on from a module."""
+        return time.monotonic() - module.last_frame_at >= _LEFT_S
 
-        The further it has learned, the more frames must be new.
-        """
-        if time.monotonic() - module.last_frame_at < _LEFT_S or not self._may_begin_anew(module):
+    def _sees_more(self, module: Module) -> bool:
+        """Whether held frames may see ground that a module lacks, and no more come."""
+        return module.fresh > 0 and self.views[module.cell] > 0 and self._passed(module)
+
+    def _left(self, module: Module) -> bool:
+        """Whether a module's surface is from clearly fewer frames than see it, and no more come."""
+        if not self._passed(module) or not self._may_begin_anew(module):
             return False
-        more = 1.1 if self._progress(module) < 0.5 else 1.5
-        return self.views[module.cell] > more * module.seeded_with
+        return self.views[module.cell] > _MORE * module.seeded_with
 
     def _seed(
         self,
@@ -408,7 +425,8 @@ class Mapper:
                 module = self.modules[cell]
                 pool.weights[module.slot] = pool.mlp
                 pool.reset_learning(module.row)
-                module.seeded_with, module.rays, module.seconds = len(seeing[cell]), 0, 0.0
+                module.seeded_with, module.fresh = len(seeing[cell]), 0
+                module.rays, module.seconds = 0, 0.0
                 for frame in seeing[cell]:
                     frame.rays = 0  # what they taught is gone
             pause()

@@ -47,9 +47,9 @@ def cell_edge(cell: Cell, cell_m: float) -> float:
 class Module:
     """What the mapper knows of one module besides its arrays.
 
-    `frames` are the ids it learned from, `tiles` how many of their tiles it was closed with,
-    `gone` how many of them belong to frames that were let go while it learned, `tasks` what those
-    frames' tasks are called.
+    `frames` are the ids it learned from, `fresh` how many of them came since its ground was last
+    measured, `tiles` how many of their tiles it was closed with, `gone` how many of them belong to
+    frames that were let go while it learned, `tasks` what those frames' tasks are called.
     """
 
     cell: Cell
@@ -62,6 +62,7 @@ class Module:
     seconds: float = 0.0
     seeded_with: int = 0
     frames: set[int] = field(default_factory=set)
+    fresh: int = 0
     last_frame_at: float = 0.0
     psnr: float | None = None
     asked: bool = False

@@ -321,7 +321,7 @@ class Structure:
     def extend(
         self, pool: ModulePool, module: Module, frames: list[HeldFrame], information: F32
     ) -> None:
-        """Add to a module that learns again what new frames see of it for the first time.
+        """Add to a module what frames see of it for the first time.
 
         Where it was seen or has Fisher `information` (features,), surface, density and colours
         stay; elsewhere they are swept and painted as for a new module, in its own height band.
@@ -342,7 +342,7 @@ class Structure:
             kept = before["features"][: fine * fine * CHANNELS].reshape(fine, fine, CHANNELS)
             plane[old] = kept[old]
         pool.surface[s][known] = before["surface"][known]
-        pool.seen[s] = np.minimum(before["seen"].astype(np.int64) + pool.seen[s], 255)
+        pool.seen[s] = np.maximum(before["seen"], pool.seen[s])
         nx, ny, nz = layout.voxels
         columns = _nearest(known, _within(ny), _within(nx)).ravel()
         pool.density[s].reshape(-1, nz)[columns] = before["density"].reshape(-1, nz)[columns]

@@ -287,6 +287,42 @@ def test_a_slow_flight_is_learned_as_well_as_one_that_came_at_once(flight: Fligh
     assert score(slow, flight) > score(at_once, flight) - 0.5
 
 
+def test_ground_that_later_frames_see_is_added_to_what_was_learned(flight: Flight) -> None:
+    m = mapper(flight.frames[:4])
+    m.draining = False
+    learn(m)
+    assert m.pool is not None
+    for module in m.modules.values():
+        module.seeded_with = 99  # none begins anew
+    before = {c: {n: a.copy() for n, a in m.pool.arrays(x).items()} for c, x in m.modules.items()}
+    learned = {c: m.pool.fisher[module.row] > 0 for c, module in m.modules.items()}
+    rays, unknown = {c: module.rays for c, module in m.modules.items()}, [unseen(m, flight)]
+    for i, frame in enumerate(flight.frames[4:6]):
+        m.add(4 + i, flights.STREAM, frame)
+    m.settle()
+    unknown.append(unseen(m, flight))
+    assert unknown[1] < 0.6 * unknown[0], "two frames more than four: while the flight goes on"
+    assert any(module.fresh for module in m.modules.values()), "with one more it waits"
+    for module in m.modules.values():
+        module.last_frame_at -= 60.0
+    assert m.settle() and not m.settle(), "once, not at every step"
+    assert not any(module.fresh for module in m.modules.values())
+    kept = [c for c in before if c in m.modules]
+    assert len(kept) >= 4
+    for c in kept:
+        now, was = m.pool.arrays(m.modules[c]), before[c]["seen"] > 0
+        assert m.modules[c].rays == rays[c] > 0, "it goes on from what it has learned"
+        assert np.array_equal(before[c]["weights"], now["weights"])
+        assert np.array_equal(before[c]["features"][learned[c]], now["features"][learned[c]])
+        assert np.array_equal(before[c]["surface"][was], now["surface"][was])
+        assert (now["seen"] >= before[c]["seen"]).all()
+
+
+def unseen(m: Mapper, flight: Flight) -> float:
+    """Share of the kept views that the map does not know."""
+    return float(np.mean([1 - render(m, view).known.mean() for view in flight.views]))
+
+
 def test_a_module_that_let_frames_go_does_not_begin_anew(flight: Flight) -> None:
     m = mapper(flight.frames[:2])
     learn(m)
