@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +15,21 @@ pytest.importorskip("numba")
 torch = pytest.importorskip("torch")
 
 from mclnf_edge.config import ServeConfig  # noqa: E402
+from mclnf_edge.engine import surface  # noqa: E402
+from mclnf_edge.mapping import mapper as mapping  # noqa: E402
+from mclnf_edge.mapping.initialization import load_init  # noqa: E402
 from mclnf_edge.mapping.modules import Cell, Module, ModulePool  # noqa: E402
 from mclnf_edge.mapping.structure import RASTER, Structure  # noqa: E402
 from mclnf_edge.types import Camera  # noqa: E402
-from tools import measure, streams, table_continual, table_weights  # noqa: E402
+from tests.mapping import flights  # noqa: E402
+from tools import (  # noqa: E402
+    measure,
+    streams,
+    table_continual,
+    table_flown,
+    table_seeds,
+    table_weights,
+)
 from tools.mlp_stream import compose  # noqa: E402
 from tools.tasks import cut, first_hit, seams, task_map  # noqa: E402
 
@@ -165,6 +179,43 @@ def test_forgetting_and_the_gap_are_summed_up_over_views() -> None:
     assert found["forgetting_every_task"] == measure.pair({"a": 18.0}, {"a": 20.0})
     assert found["gap_to_joint"]["difference_db"] == -1.25
     assert found["gap_to_joint_first_task"]["difference_db"] == -2.5
+
+
+def test_the_sweep_is_measured_with_other_constants_and_then_has_its_own_again() -> None:
+    pictures = np.random.default_rng(0).normal(size=(3, 20, 40)).astype(np.float32)
+    P = np.tile(np.float32([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]]), (3, 1, 1))
+    P[:, :2, 2] = np.float32([[0, 0], [0.5, 0], [0, 0.5]])
+    zs = np.linspace(0, 8, 5, dtype=np.float32)
+
+    def swept() -> Any:
+        cost = np.empty((8, 8, 5), np.float32)
+        surface.sweep(np.float32(4), np.float32(4), np.float32(1), zs, pictures, P, cost)
+        return cost
+
+    before, own = swept(), surface.OCCLUDED
+    with table_seeds.changed({"OCCLUDED": 0.1, "_SMALL": 0.5}):
+        assert surface._SMALL == 0.5 and (swept() <= before).all() and swept().sum() < before.sum()
+    assert own == surface.OCCLUDED and np.array_equal(swept(), before)
+
+
+def test_a_flight_by_steps_leaves_the_clock_and_the_constants_as_they_were() -> None:
+    made = flights.flight(4)
+    capture: Any = SimpleNamespace(
+        split=lambda which: SimpleNamespace(
+            frames=made.frames[:3] if which == "train" else made.frames[3:]
+        )
+    )
+    share = mapping._FRESH
+    rows = [
+        {"capture": "small", "seed": 0, "setting": setting}
+        | table_flown.fly(capture, setting, 0, load_init(None))
+        for setting in ("shipped", "nothing added", "at once")
+    ]
+    assert share == mapper._FRESH and vars(mapper)["time"] is time
+    assert rows[0]["flown"] and not rows[2]["flown"] and rows[0]["steps"] > 0
+    found = table_flown.summarise(rows)["all"]
+    assert 0 < found["at once"]["end"]["known"] <= 1 and "flown" not in found["at once"]
+    assert table_flown.lines({"summary": {"all": found}})[-1].startswith("| at once, end |")
 
 
 def test_the_spread_of_weights() -> None:
