@@ -211,7 +211,7 @@ def test_a_flight_by_steps_leaves_the_clock_and_the_constants_as_they_were() -> 
         | table_flown.fly(capture, setting, 0, load_init(None))
         for setting in ("shipped", "nothing added", "at once")
     ]
-    assert share == mapper._FRESH and vars(mapper)["time"] is time
+    assert share == mapping._FRESH and vars(mapping)["time"] is time
     assert rows[0]["flown"] and not rows[2]["flown"] and rows[0]["steps"] > 0
     found = table_flown.summarise(rows)["all"]
     assert 0 < found["at once"]["end"]["known"] <= 1 and "flown" not in found["at once"]
