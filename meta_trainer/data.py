@@ -280,7 +280,7 @@ def _blocks(base: Path, split: Split) -> list[Path]:
 def _flown(base: Path, split: Split) -> list[Path]:
     """Captures: the first by name chooses settings and may be trained on, the others are the test.
 
-    Figures of these use starts that were learned on none of them.
+    No start of theirs has seen a test capture.
     """
     found = _captures(base)
     return found[1:] if split == "test" else found[:1]

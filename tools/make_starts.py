@@ -3,8 +3,8 @@
 Each data set's five learned starts (MOL, MAML+CL, OML, mod, MIM) at the `cpu` budget, as
 `python -m meta_trainer reproduce` would train them, are put into `meta_trainer/starts/cpu/`, where
 every later `reproduce` finds them. Stopped and started again it goes on; `--methods` shares the
-work among processes. What each training took goes into `meta_trainer/starts/trainings.json`, which
-`report` shows.
+work among processes; `--tasks` and `--widen` are for tables 5 and 4. What each training took goes
+into `meta_trainer/starts/trainings.json`, which `report` shows.
 """
 
 from __future__ import annotations
@@ -43,11 +43,13 @@ def main() -> int:
     parser.add_argument("--datasets", nargs="+", default=list(STAND_INS))
     parser.add_argument("--methods", nargs="+", default=list(STARTS.values()), choices=METHODS)
     parser.add_argument("--cut", default="strips", choices=("strips", "interleaved"))
+    parser.add_argument("--tasks", type=int, default=4)
+    parser.add_argument("--widen", type=int, default=1, help="times the usual width")
     parser.add_argument("--root", type=Path, default=None, help="folder of the data sets")
     parser.add_argument("--out", type=Path, default=Path("results"), help="checkpoints and logs")
     asked = parser.parse_args()
     for dataset in asked.datasets:
-        setting = Setting(dataset, cut=asked.cut)
+        setting = Setting(dataset, cut=asked.cut, tasks=asked.tasks, widen=asked.widen)
         job = Job(budget_for("cpu", dataset), asked.root, asked.out)
         for name in asked.methods:
             learned_on = DATASETS[dataset].starts or dataset
