@@ -26,13 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mclnf_edge.captures import Capture, open_capture  # noqa: E402
 from mclnf_edge.config import ServeConfig  # noqa: E402
+from mclnf_edge.evaluate import compare  # noqa: E402
 from mclnf_edge.images import decode_image  # noqa: E402
 from mclnf_edge.inference.renderer import Renderer  # noqa: E402
 from mclnf_edge.mapping import mapper as mapping  # noqa: E402
 from mclnf_edge.mapping.initialization import Initialization, load_init  # noqa: E402
 from mclnf_edge.mapping.mapper import Mapper  # noqa: E402
 from mclnf_edge.mapping.modules import Module  # noqa: E402
-from mclnf_edge.maths.metrics import psnr  # noqa: E402
 from mclnf_edge.types import View  # noqa: E402
 from tools import measure  # noqa: E402
 
@@ -40,7 +40,6 @@ EVERY_S = 2.0
 STEPS = 120
 SHRINK = 2
 STREAM = "flight"
-KNOWN = 0.5
 SETTINGS = ("shipped", "nothing added", "anew only when young", "at once")
 MARKS = ("flown", "end")
 """When the last frame has had its steps, and when every module is closed."""
@@ -64,8 +63,9 @@ class Clock:
 class NothingAdded(Mapper):
     """What a module does not know when it begins, it never sees unless it begins anew."""
 
-    def _sees_more(self, module: Module) -> bool:
-        return False
+    def _add_ground(self, *_: Any) -> None:
+        for module in self.learning():
+            module.fresh = 0
 
 
 class AnewWhenYoung(Mapper):
@@ -117,24 +117,20 @@ def own_time() -> Iterator[Clock]:
 
 def fly(capture: Capture, setting: str, seed: int, init: Initialization) -> dict[str, Any]:
     """One flight to its end: held-out views at both marks, steps, CPU seconds."""
-    config, share = ServeConfig(), mapping._FRESH
+    config = ServeConfig()
     adapt = replace(config.adapt, budget_s_per_frame=1e9, seed=seed)
     made = MAPPERS.get(setting, Mapper)(config.map, config.field, adapt, init.mlp, threads=1)
     began = time.process_time()
     with own_time() as clock:
-        try:
-            mapping._FRESH = 1e9 if setting == "nothing added" else share
-            for i, frame in enumerate(capture.split("train").frames):
-                made.add(i, STREAM, frame)
-                made.frames[i].arrived = clock.now
-                if setting != "at once":
-                    take(made, clock)
-            made.settle()
-            row = {"flown": {} if setting == "at once" else score(made, capture)}
-            while made.learning():
+        for i, frame in enumerate(capture.split("train").frames):
+            made.add(i, STREAM, frame)
+            made.frames[i].arrived = clock.now
+            if setting != "at once":
                 take(made, clock)
-        finally:
-            mapping._FRESH = share
+        made.settle()
+        row = {"flown": {} if setting == "at once" else score(made, capture)}
+        while made.learning():
+            take(made, clock)
     row["end"] = score(made, capture)
     return {**row, "steps": made.steps, "modules": len(made.modules),
             "cpu_s": round(time.process_time() - began, 1)}  # fmt: skip
@@ -151,7 +147,7 @@ def take(mapper: Mapper, clock: Clock) -> None:
     clock.now += EVERY_S
 
 
-def score(mapper: Mapper, capture: Capture) -> dict[str, dict[str, float]]:
+def score(mapper: Mapper, capture: Capture) -> dict[str, dict[str, float | None]]:
     """Of each held-out view: PSNR in dB with unknown pixels grey, of known ones, their share."""
     out, renderer = {}, Renderer()
     for frame in capture.split("test").frames:
@@ -162,12 +158,9 @@ def score(mapper: Mapper, capture: Capture) -> dict[str, dict[str, float]]:
         meter = mapper.exposures.meter(STREAM, frame.timestamp, frame.exposure)
         gain = renderer.gain(mapper.pool, mapper.origins[0], view, meter)
         shown = renderer.render(mapper.pool, mapper.origins[0], view, gain)
-        known = shown.known >= KNOWN
-        out[frame.name] = {
-            "psnr": round(psnr(shown.rgb, truth), 3),
-            "psnr_known": round(psnr(shown.rgb, truth, known), 3),
-            "known": round(float(known.mean()), 4),
-        }
+        found = compare(shown, truth.astype(np.uint8), np.ones(truth.shape[:2], bool))
+        figures = {key: found[key] for key in ("psnr", "psnr_known", "known")}
+        out[frame.name] = {k: None if v is None else round(v, 4) for k, v in figures.items()}
     return out
 
 

@@ -26,6 +26,7 @@ from mclnf_edge.mapping import structure  # noqa: E402
 from mclnf_edge.mapping.exposures import Taken, predict  # noqa: E402
 from mclnf_edge.mapping.frames import HeldFrame  # noqa: E402
 from mclnf_edge.mapping.initialization import Initialization, load_init  # noqa: E402
+from mclnf_edge.maths.metrics import psnr  # noqa: E402
 from meta_trainer.city_init import Episode  # noqa: E402
 from tools import measure  # noqa: E402
 
@@ -133,7 +134,7 @@ def shown_with(episode: Episode, frames: Sequence[HeldFrame], way: str) -> dict[
         seen, true = shown.astype(np.float64) / 255, truth.astype(np.float64) / 255
         if way == "fitted":
             seen = (seen * ((seen * true).sum((0, 1)) / (seen**2).sum((0, 1)))).clip(0, 1)
-        out[frame.name] = round(float(-10 * np.log10(max(((seen - true) ** 2).mean(), 1e-9))), 3)
+        out[frame.name] = round(psnr(seen, true, peak=1.0), 3)
     return out
 
 

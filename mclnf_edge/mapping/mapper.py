@@ -285,10 +285,21 @@ class Mapper:
                     module.fresh += cell not in seeds
                     module.tasks.add(frame.task)
                     module.last_frame_at = max(module.last_frame_at, frame.arrived)
+        self._add_ground(pool, structure, frames, pause, last)
+
+    def _add_ground(
+        self,
+        pool: ModulePool,
+        structure: Structure,
+        frames: list[HeldFrame],
+        pause: Pause,
+        last: bool,
+    ) -> None:
+        """Give learning modules the ground that their fresh frames are the first to see."""
         for module in self.learning():
-            here = any(module.cell in f.tiles for f in frames)
-            known = _FRESH * (len(module.frames) - module.fresh)
-            if here and (module.fresh > (0 if last else known) or self._sees_more(module)):
+            enough = 0 if last else _FRESH * (len(module.frames) - module.fresh)
+            wanted = module.fresh > enough or self._sees_more(module)
+            if wanted and any(module.cell in f.tiles for f in frames):
                 structure.extend(pool, module, frames, pool.fisher[module.row])
                 module.fresh = 0
                 pause()
