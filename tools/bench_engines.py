@@ -111,8 +111,11 @@ def placed(pool: ModulePool) -> list[radiance.Placed]:
         learned = {name: p.clone().requires_grad_() for name, p in params.items()}
         surface, seen = torch.tensor(pool.surface[s]), torch.tensor(pool.seen[s])
         modules.append(
-            radiance.Placed(learned, cell[0] % 2 == 1, x, y, edge, low, 1 / inverse, surface, seen)
-        )
+            radiance.Placed(
+                learned, cell[0] % 2 == 1, x, y, edge, low, 1 / inverse, surface, seen,
+                pool.rank_of[cell],
+            )
+        )  # fmt: skip
     return modules
 
 

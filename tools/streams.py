@@ -15,7 +15,7 @@ from mclnf_edge.mapping.mapper import Mapper
 from mclnf_edge.mapping.modules import Cell, ModulePool
 from mclnf_edge.mapping.optimizer import Optimizer
 from meta_trainer.city_init import Episode
-from tools.tasks import I32, seams, targets
+from tools.tasks import I32, targets
 
 F32 = npt.NDArray[np.float32]
 Targets = tuple[I32, I32, I32]
@@ -104,6 +104,7 @@ def begin(episode: StreamEpisode, mlp: F32, seed: int, *, tied: bool) -> StreamM
     assert mapper.pool is not None
     for module in mapper.modules.values():
         module.state = "open"
+        mapper.pool.rank_learning(module.cell)
         if module.row < 0:
             mapper.pool.thaw(module)
     episode.restart(mlp, seed)
@@ -126,10 +127,7 @@ def modules(
     steps: Sequence[int],
     after: Callable[[int], None],
 ) -> Closed:
-    """Each task by modules of its own, closed when it is done; closed ones must not change.
-
-    As in the daemon, a module also learns from the rays of closed neighbours in its margin.
-    """
+    """Each task by modules of its own, closed when it is done; closed ones must not change."""
     pool, closed = mapper.pool, Closed()
     assert pool is not None
     for module in mapper.modules.values():
@@ -138,10 +136,8 @@ def modules(
         own = [mapper.modules[cell] for cell in run]
         for module in own:
             pool.thaw(module)
-        earlier = {cell for past in runs[:k] for cell in past}
-        parts = zip(targets(mapper, run), seams(mapper, run, earlier), strict=True)
-        frame, tile, row = (np.concatenate(both) for both in parts)
-        learn(mapper, (frame, tile, row), steps[k])
+            pool.rank_closed(module.cell)  # as if the coming tasks' modules were made later
+        learn(mapper, targets(mapper, run), steps[k])
         for module in own:
             closing = mapper.close(module)
             assert closing.snapshot is not None

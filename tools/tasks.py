@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -59,23 +59,6 @@ def targets(mapper: Mapper, cells: Sequence[Cell]) -> tuple[I32, I32, I32]:
     ]
     frame, tile, row = np.concatenate(parts, axis=1)
     return frame, tile, row
-
-
-def seams(mapper: Mapper, cells: Sequence[Cell], closed: Set[Cell]) -> tuple[I32, I32, I32]:
-    """The same of tiles of `closed` cells in the margin of `cells`, where both will answer.
-
-    As in the daemon, only of frames that see the learning cell: others have been let go.
-    """
-    parts = [np.zeros((3, 0), np.int32)]
-    for i, frame in enumerate(mapper.frames.values()):
-        theirs = [tiles for cell, tiles in frame.tiles.items() if cell in closed]
-        for cell in cells:
-            if theirs and cell in frame.tiles and cell in frame.border:
-                tiles = np.intersect1d(frame.border[cell], np.concatenate(theirs))
-                row = mapper.modules[cell].row
-                parts.append(np.stack([np.full_like(tiles, i), tiles, np.full_like(tiles, row)]))
-    frame_of, tile, row_of = np.concatenate(parts, axis=1)
-    return frame_of, tile, row_of
 
 
 def first_hit(

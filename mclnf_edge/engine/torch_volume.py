@@ -22,7 +22,7 @@ from mclnf_edge.engine.torch_field import (
     mlp_inputs,
     plane_inputs,
 )
-from mclnf_edge.engine.volume import FAR, MARGIN
+from mclnf_edge.engine.volume import FAR, MARGIN, UNSEEN
 
 DARK = 0.002
 """A ray ends where less than this share of its light is left."""
@@ -48,6 +48,7 @@ class TensorScene(NamedTuple):
     surface: Tensor
     seen: Tensor
     owner: Tensor
+    rank: Tensor
 
 
 class Course(NamedTuple):
@@ -66,7 +67,7 @@ class Course(NamedTuple):
 class Known(NamedTuple):
     """E pairs of a point and a module that knows it: indices, slots and shares (E,).
 
-    `first` (N,) is the slot of each point's own cell or else a neighbour's, -1 for none.
+    `first` (N,) is the slot with a point's largest share, -1 for none.
     """
 
     point: Tensor
@@ -173,18 +174,39 @@ def gate(scene: TensorScene, xy: Tensor) -> Known:
 
 
 def _candidates(scene: TensorScene, xy: Tensor, outer: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(points, slots, hats > 0) of one level, by point, a point's own cell first."""
+    """(points, slots, shares before they are divided by their sum) of one level, by point, the
+    largest share first.
+    """
     f = xy / (scene.cell * (FAR if outer else 1))
     i = f.floor()
     a = f - i
-    own = (0.5 + 0.5 * torch.minimum(a, 1 - a) / MARGIN).clamp(max=1)
-    hat = torch.stack([own, 1 - own], dim=1)  # (N, own or next, axis)
+    within = (torch.minimum(a, 1 - a) / MARGIN).clamp(max=1)
     cell = torch.stack([i, i + torch.where(a < 0.5, -1, 1)], dim=1).long()
-    each = (hat[:, :, None, 0] * hat[:, None, :, 1]).flatten(1)  # (N, 4)
-    point, k = (each > 0).nonzero(as_tuple=True)
-    slot = find_slots(scene, outer, cell[point, k // 2, 0], cell[point, k % 2, 1])
-    met = slot >= 0
-    return point[met], slot[met], each[point, k][met]
+    pick = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]], device=xy.device)  # own or next, by axis
+    slot = find_slots(scene, outer, cell[:, pick[:, 0], 0], cell[:, pick[:, 1], 1])  # (N, 4)
+    by_axis = torch.stack([torch.ones_like(within), 1 - within], dim=1)
+    hat = by_axis[:, pick[:, 0], 0] * by_axis[:, pick[:, 1], 1] * (slot >= 0)
+    near = (within < 1).any(1).nonzero()[:, 0]
+    hat[near] *= 1 - (1 - UNSEEN) * (1 - _seen_around(scene, slot[near], xy[near]))
+    order = scene.rank[slot].argsort(dim=1)
+    through = (1 - hat).gather(1, order).cumprod(1)
+    before = torch.cat([torch.ones_like(through[:, :1]), through[:, :-1]], dim=1)
+    share = hat * torch.zeros_like(hat).scatter(1, order, before)
+    share, by_share = share.sort(dim=1, descending=True, stable=True)
+    point, k = (share > 0).nonzero(as_tuple=True)
+    return point, slot.gather(1, by_share)[point, k], share[point, k]
+
+
+def _seen_around(scene: TensorScene, slot: Tensor, xy: Tensor) -> Tensor:
+    """How much of what is around points (N, 2) frames have shown to modules (N, 4): 0 to 1."""
+    box = scene.box[slot]
+    u = (xy[:, None] - box[..., :2]) / box[..., 2:]
+    last = scene.seen.shape[-1] - 1
+    f = (u * last).clamp(0, last - 1e-3)
+    i, j = f.long().unbind(-1)
+    a, b = (f - f.floor()).unbind(-1)
+    at = [scene.seen[slot, j + d, i + c].clamp(max=1) for d in (0, 1) for c in (0, 1)]
+    return (1 - b) * ((1 - a) * at[0] + a * at[1]) + b * ((1 - a) * at[2] + a * at[3])
 
 
 def span(bands: Tensor, oz: Tensor, dz: Tensor, reach: float) -> tuple[Tensor, Tensor]:

@@ -6,8 +6,11 @@ and blends them by the gate before the usual quadrature:
 
     sigma = sum_i G_i sigma_i,  c = sum_i G_i sigma_i c_i / sigma,  w_k = T_k (1 - exp(-sigma d_k))
 
-G_i >= 0 sums to one over the modules present at a point: a hat that ramps across each border of the
-grid of cells (Algorithm 1's inference, with the argmax softened so that no seam shows).
+G_i >= 0 sums to one over the modules present at a point (Algorithm 1's inference, with the argmax
+softened so that no seam shows). A module answers for the whole of its cell and fades over the
+margin beyond it, where frames have shown it the ground, before the modules of a higher rank: closed
+ones in the order in which they were closed, then those that learn. What is learned later changes
+nothing of what a closed cell knows.
 """
 
 from __future__ import annotations
@@ -46,6 +49,7 @@ FAR = 8
 """An outer cell's edge in inner cells."""
 
 MARGIN = 0.06
+UNSEEN = 0.01
 """Share of a cell's edge over which neighbours blend, on either side of the border."""
 
 MOST = 4  # modules that can know one point
@@ -59,8 +63,9 @@ class Scene(NamedTuple):
     (level + 1, ix, iy, slot), 0 = empty; its length is a power of two. `box[s]` is a module's
     (x, y, edge) with its margins; `band[s]` is (lowest z, 1 / height). `surface`, `seen` are
     (S, SURFACE, SURFACE): surface height and the number of frames that saw it. `owner[s]` is the
-    row of a trainable module in the gradient arrays, -1 when it is frozen. A site's inner cells are
-    of level 2 * site, its outer ones of the level after it.
+    row of a trainable module in the gradient arrays, -1 when it is frozen; `rank[s]` its place in
+    the order in which modules answer. A site's inner cells are of level 2 * site, its outer ones of
+    the level after it.
     """
 
     cell: float
@@ -76,6 +81,7 @@ class Scene(NamedTuple):
     surface: F32
     seen: U8
     owner: I32
+    rank: I32
     site: int
 
 
@@ -175,7 +181,8 @@ def _cell_slot(cells, level, ix, iy):
 def gate(scene, x, y, slots, share):
     """Fill `slots` and `share` (sums to 1) with the modules that know (x, y); returns how many.
 
-    Outer cells answer only where no inner one does.
+    The largest share comes first. Outer cells answer only where no inner one does. Where there is
+    only one it is not asked what it has seen. `radiance.gates` is the definition.
     """
     for outer in range(2):
         level = 2 * scene.site + outer
@@ -183,35 +190,80 @@ def gate(scene, x, y, slots, share):
         fx, fy = x * inverse, y * inverse
         ix, iy = whole(fx), whole(fy)
         ax, ay = float32(fx - ix), float32(fy - iy)
-        nx, wx = 0, _ONE
+        nx, wx = 0, _ONE  # the neighbour along x, if near, and its hat here
         if ax < MARGIN:
-            nx, wx = -1, float32(0.5) + float32(0.5) * ax / float32(MARGIN)
+            nx, wx = -1, _ONE - ax / float32(MARGIN)
         elif ax > 1 - MARGIN:
-            nx, wx = 1, float32(0.5) + float32(0.5) * (1 - ax) / float32(MARGIN)
+            nx, wx = 1, _ONE - (1 - ax) / float32(MARGIN)
         ny, wy = 0, _ONE
         if ay < MARGIN:
-            ny, wy = -1, float32(0.5) + float32(0.5) * ay / float32(MARGIN)
+            ny, wy = -1, _ONE - ay / float32(MARGIN)
         elif ay > 1 - MARGIN:
-            ny, wy = 1, float32(0.5) + float32(0.5) * (1 - ay) / float32(MARGIN)
+            ny, wy = 1, _ONE - (1 - ay) / float32(MARGIN)
         if nx == 0 and ny == 0:
             slots[0], share[0] = _cell_slot(scene.cells, level, ix, iy), _ONE
             if slots[0] >= 0:
                 return 1
             continue
-        n, total = 0, float32(0)
+        n = 0
         for a in range(2 if nx != 0 else 1):
             for b in range(2 if ny != 0 else 1):
                 s = _cell_slot(scene.cells, level, ix + a * nx, iy + b * ny)
-                if s >= 0:
-                    g = (wx if a == 0 else _ONE - wx) * (wy if b == 0 else _ONE - wy)
-                    slots[n], share[n] = s, g
-                    total += g
-                    n += 1
-        if n > 0 and total > 0:
-            for i in range(n):
-                share[i] /= total
+                if s < 0:
+                    continue
+                at = n
+                while at > 0 and scene.rank[slots[at - 1]] > scene.rank[s]:
+                    slots[at], share[at] = slots[at - 1], share[at - 1]
+                    at -= 1
+                slots[at] = s
+                share[at] = (wx if a == 1 else _ONE) * (wy if b == 1 else _ONE)
+                share[at] *= _ONE - float32(1 - UNSEEN) * (_ONE - _seen_around(scene, s, x, y))
+                n += 1
+        n = _blend(slots, share, n)
+        if n > 0:
             return n
     return 0
+
+
+@njit(forceinline=True, **INNER)
+def _seen_around(scene, s, x, y):
+    """How much of what is around (x, y) frames have shown to module s: bilinear, 0 to 1."""
+    i, j, a, b = _node(scene, s, x, y)
+    seen = scene.seen[s]
+    low = (_ONE - a) * min(seen[j, i], 1) + a * min(seen[j, i + 1], 1)
+    high = (_ONE - a) * min(seen[j + 1, i], 1) + a * min(seen[j + 1, i + 1], 1)
+    return (_ONE - b) * low + b * high
+
+
+@njit(forceinline=True, **INNER)
+def _node(scene, s, x, y):
+    """Column and row of module s's surface before (x, y), and the fractions of a node beyond."""
+    scale = float32(SURFACE - 1) / scene.box[s, 2]
+    fx = min(max((x - scene.box[s, 0]) * scale, float32(0)), float32(SURFACE - 1.001))
+    fy = min(max((y - scene.box[s, 1]) * scale, float32(0)), float32(SURFACE - 1.001))
+    i, j = int(fx), int(fy)
+    return i, j, fx - float32(i), fy - float32(j)
+
+
+@njit(forceinline=True, **INNER)
+def _blend(slots, share, n):
+    """Turn the hats of `n` modules in order of rank into shares; how many are left, 0 for none."""
+    left, total, most = _ONE, float32(0), 0
+    for i in range(n):
+        share[i] *= left
+        left -= share[i]
+        total += share[i]
+        most = i if share[i] > share[most] else most
+        if left <= 0:
+            n = i + 1
+            break
+    if total <= 0:
+        return 0
+    slots[0], slots[most] = slots[most], slots[0]
+    share[0], share[most] = share[most], share[0]
+    for i in range(n):
+        share[i] /= total
+    return n
 
 
 @njit(**INNER)
@@ -269,15 +321,12 @@ def _voxel(scene, s, ax, ay, z):
 @njit(**INNER)
 def surface_at(scene, s, x, y):
     """(height, frames that saw it) of module s's surface at local (x, y)."""
-    scale = float32(SURFACE - 1) / scene.box[s, 2]
-    fx = min(max((x - scene.box[s, 0]) * scale, float32(0)), float32(SURFACE - 1.001))
-    fy = min(max((y - scene.box[s, 1]) * scale, float32(0)), float32(SURFACE - 1.001))
-    i, j = int(fx), int(fy)
-    a, b = fx - float32(i), fy - float32(j)
+    i, j, a, b = _node(scene, s, x, y)
     h = scene.surface[s]
     low = (_ONE - a) * h[j, i] + a * h[j, i + 1]
     high = (_ONE - a) * h[j + 1, i] + a * h[j + 1, i + 1]
-    return (_ONE - b) * low + b * high, scene.seen[s, int(fy + 0.5), int(fx + 0.5)]
+    near_i, near_j = i + int(a + float32(0.5)), j + int(b + float32(0.5))
+    return (_ONE - b) * low + b * high, scene.seen[s, near_j, near_i]
 
 
 @njit(**INNER)
@@ -563,6 +612,7 @@ __all__ = [
     "B3",
     "FAR",
     "MARGIN",
+    "UNSEEN",
     "W3",
     "Scene",
     "Tape",

@@ -43,7 +43,7 @@ def pack(mapper: Mapper) -> tuple[Arrays, dict[str, Any]]:
             {"cell": list(m.cell), "version": m.version, "steps": m.steps, "rays": m.rays,
              "seeded_with": m.seeded_with, "fresh": m.fresh, "frames": sorted(m.frames),
              "psnr": m.psnr, "asked": m.asked, "seconds": m.seconds, "tasks": sorted(m.tasks),
-             "tiles": mapper.tiles[m.cell], "gone": m.gone}
+             "tiles": mapper.tiles[m.cell], "gone": m.gone, "rank": pool.rank_of[m.cell]}
         )  # fmt: skip
         for name in (*_SLOT, "band"):
             arrays[f"{m.id}/{name}"] = getattr(pool, name)[m.slot].copy()
@@ -53,7 +53,6 @@ def pack(mapper: Mapper) -> tuple[Arrays, dict[str, Any]]:
         meta["frames"][str(f.id)] = [f.rays, f.anchored, *(float(v) for v in f.gain)]
         if f.tiles:
             arrays[f"tiles/{f.id}"] = _rows_of(f.tiles)
-            arrays[f"border/{f.id}"] = _rows_of(f.border)
     return arrays, meta
 
 
@@ -74,8 +73,7 @@ def unpack(mapper: Mapper, arrays: Arrays, meta: dict[str, Any]) -> None:
             cell = cell_of(name[7:].split("/"))
             mapper.structures[cell[0] // 2].rasters[cell] = array
         elif name.startswith("tiles/"):
-            frame_id = int(name[6:])
-            mapper.returning[frame_id] = _by_cell(array), _by_cell(arrays[f"border/{frame_id}"])
+            mapper.returning[int(name[6:])] = _by_cell(array)
     mapper.task_of, mapper.ended = dict(meta["task_of"]), set(meta["ended"])
     mapper.optimizer.plane_scale = arrays.get("plane_scale")
     mapper.dirty, mapper.alone = meta["dirty"], meta["alone"]
@@ -103,6 +101,8 @@ def _unpack_module(mapper: Mapper, arrays: Arrays, item: dict[str, Any]) -> None
             m.slot = pool.take_slot(cell)
         pool.place(cell, m.slot, low, low + 1 / inverse)
         pool.thaw(m)
+    if "rank" in item:
+        pool.set_rank(cell, item["rank"])
     for name in _SLOT:
         getattr(pool, name)[m.slot] = arrays[f"{m.id}/{name}"]
     for name in _ROW:

@@ -20,7 +20,7 @@ from mclnf_edge.mapping.modules import ModulePool
 SLOTS = ("features", "weights", "density", "surface", "seen")
 ROWS = ("fisher", "moment", "square", "output_fisher", "adam_steps")
 _LEARNED = ("features", "weights")
-_SMALL = ("box", "band", "owner", "guarded")
+_SMALL = ("box", "band", "owner", "guarded", "rank")
 """Copied every time; only the pool writes to them."""
 
 
@@ -51,6 +51,7 @@ class Lent:
             surface=t["surface"],
             seen=t["seen"],
             owner=t["owner"],
+            rank=t["rank"],
         )
 
 

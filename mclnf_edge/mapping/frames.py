@@ -31,7 +31,6 @@ class HeldFrame:
     `image` (H, W, 3) uint8 RGB, `mask` (H, W) uint8 (0 = ignore), `K` = (fx, fy, cx, cy) pixels,
     `rotation` (3, 3) camera (OpenGL axes) to world, `eye` (3,) local metres, `gain` (3,) natural
     logarithm of the exposure. `tiles` maps each cell to the tile indices whose rays reach it,
-    `border` the same for tiles just beyond a cell's border, in its margin;
     `band` is the lowest and highest z of those cells' modules. `site` is the part of the world it
     was taken in, `task` what the publisher or the clock call its task, `arrived` monotonic seconds.
     An `anchored` frame's gain came from closed modules. `brightness` and `exposure` are natural
@@ -52,7 +51,6 @@ class HeldFrame:
     arrived: float = field(default_factory=time.monotonic)
     gain: F32 = field(default_factory=lambda: np.zeros(3, np.float32))
     tiles: dict[Cell, npt.NDArray[np.int32]] = field(default_factory=dict)
-    border: dict[Cell, npt.NDArray[np.int32]] = field(default_factory=dict)
     band: tuple[float, float] = (0.0, 0.0)
     rays: int = 0
     anchored: bool = False

@@ -109,7 +109,7 @@ class Mapper:
         self.tiles_per_frame = 1.0
         self.task_of: dict[str, str] = {}
         self.ended: set[str] = set()
-        self.returning: dict[int, tuple[Tiles, Tiles]] = {}
+        self.returning: dict[int, Tiles] = {}
         self.targets: Targets | None = None
         self.residency: Residency | None = None
 
@@ -154,7 +154,7 @@ class Mapper:
         else:
             held.rays, held.anchored = int(kept[0]), bool(kept[1])
             held.gain = np.array(kept[2:], np.float32)
-            held.tiles, held.border = self.returning.pop(frame_id, ({}, {}))
+            held.tiles = self.returning.pop(frame_id, {})
         self.frames[frame_id] = held
         self._begin_task(stream, held.task)
         if held.tiles and self.pool is not None:
@@ -475,15 +475,11 @@ class Mapper:
         return min(done / sum(weights), 1.0)
 
     def ray_targets(self) -> Targets:
-        """Site -> (frame index, tile, row) of the tiles that its unfinished modules draw from.
-
-        Besides its own, a module draws the tiles of closed neighbours in its margin, where both
-        answer: without them its half of the seam would drift and spoil what was closed.
-        """
+        """Site -> (frame index, tile, row) of the tiles that its unfinished modules draw from."""
         if self.targets is None:
             parts: dict[int, list[I32]] = {}
             for i, frame in enumerate(self.frames.values()):
-                for cell, tiles in (*frame.tiles.items(), *self._seams(frame)):
+                for cell, tiles in frame.tiles.items():
                     module = self.modules.get(cell)
                     if module is not None and self._draws(module, frame):
                         parts.setdefault(frame.site, []).append(
@@ -504,17 +500,6 @@ class Mapper:
         return 60.0 * float(
             max(f.eye[2] - f.band[0] for f in self.frames.values() if f.site == site)
         )
-
-    def _seams(self, frame: HeldFrame) -> list[tuple[Cell, I32]]:
-        """The tiles of closed cells that lie in the margin of each other cell."""
-        closed = [t for c, t in frame.tiles.items() if c in self.modules and self._frozen(c)]
-        if not closed:
-            return []
-        tiles = np.concatenate(closed)
-        return [(c, np.intersect1d(t, tiles)) for c, t in frame.border.items()]
-
-    def _frozen(self, cell: Cell) -> bool:
-        return self.modules[cell].row < 0
 
     def step(self) -> StepReport | None:
         """One optimization step over every open module.
@@ -625,6 +610,7 @@ class Mapper:
         probes = revisits.probe_rays(list(self.frames.values()), module, self.adapt.seed)
         information = pack_information(self.pool.fisher[module.row])
         self.pool.freeze(module)
+        self.pool.rank_closed(module.cell)
         module.state = "closed"
         digest, module.digest = module.digest, ""  # not on disk yet
         self.targets = None
@@ -720,6 +706,7 @@ class Mapper:
             "cell": list(module.cell),
             "cell_size_m": self.pool.cell_m,
             "site": module.cell[0] // 2,
+            "rank": self.pool.rank_of[module.cell],
             "origin": origin.tolist(),
             "bounds": [lowest, highest],
             "steps": module.steps,
@@ -759,6 +746,10 @@ class Mapper:
             pool.know(cell, low, high)
         else:
             module.slot = pool.load(cell, arrays)
+        if "rank" in meta:
+            pool.set_rank(cell, int(meta["rank"]))
+        else:
+            pool.rank_closed(cell)
         self.modules[cell] = module
         self.exposures.load(gains)
 

@@ -27,6 +27,7 @@ from mclnf_edge.types import ModuleSnapshot, ModuleState
 
 F32 = npt.NDArray[np.float32]
 _SLOT = ("features", "weights", "density", "surface", "seen")
+_LEARNING = 1 << 30
 Cell = tuple[int, int, int]
 """(level, ix, iy): inner cells of site s are of level 2 s, its outer ones of level 2 s + 1."""
 
@@ -115,7 +116,8 @@ class ModulePool:
     local frame; `scene()` is the view of it that kernels take. Only this class writes to the slot
     of a frozen module; it puts the slot into `rewritten`, from which `copies` takes it. `extents`
     knows all modules of the map, `slot_of` those in memory; `make_room` is called before one more
-    is.
+    is. `rank_of` is the order in which modules answer: closed ones from 1 in the order of closing,
+    then from _LEARNING on those that never were, in the order of their making.
     """
 
     features, weights, density = Shared(), Shared(), Shared()
@@ -143,6 +145,7 @@ class ModulePool:
         self._free_slots: list[int] = []
         self._free_rows: list[int] = []
         self.slot_of: dict[Cell, int] = {}
+        self.rank_of: dict[Cell, int] = {}
         self.extents = Extents()
         self.make_room: Callable[[], None] = lambda: None
         self.cells, self._stale = np.zeros((4, 4), np.int32), False
@@ -166,6 +169,7 @@ class ModulePool:
         self.seen = _grown(self, "seen", (n, SURFACE, SURFACE), np.uint8)
         self.owner = _grown(self, "owner", (n,), np.int32)
         self.owner[self.slots :] = -1
+        self.rank = _grown(self, "rank", (n,), np.int32)
         self._free_slots += list(range(n - 1, self.slots - 1, -1))
         self.slots = n
 
@@ -239,8 +243,27 @@ class ModulePool:
             self._allocate_slots(2 * self.slots)
         slot = self._free_slots.pop()
         self.slot_of[cell] = slot
+        if cell not in self.rank_of:
+            self.rank_learning(cell)
+        self.rank[slot] = self.rank_of[cell]
         self._stale = True
         return slot
+
+    def set_rank(self, cell: Cell, rank: int) -> None:
+        """Say where a cell comes in the order in which modules answer."""
+        self.rank_of[cell] = rank
+        if cell in self.slot_of:
+            self.rank[self.slot_of[cell]] = rank
+
+    def rank_closed(self, cell: Cell) -> None:
+        """From here on a cell comes before all that still learn; a closed one stays where it is."""
+        if self.rank_of[cell] >= _LEARNING:
+            closed = (r for r in self.rank_of.values() if r < _LEARNING)
+            self.set_rank(cell, max(closed, default=0) + 1)
+
+    def rank_learning(self, cell: Cell) -> None:
+        """A cell comes last in the order."""
+        self.set_rank(cell, max((_LEARNING - 1, *self.rank_of.values())) + 1)
 
     def drop(self, cell: Cell) -> None:
         """Forget a frozen module; its place answers as unknown."""
@@ -248,6 +271,7 @@ class ModulePool:
             self.unload(cell)
         if cell in self.extents:
             self.extents.remove(cell)
+        self.rank_of.pop(cell, None)
 
     def unload(self, cell: Cell) -> None:
         """Take a closed module that is on disk out of memory; where it stands stays known."""
@@ -319,6 +343,7 @@ class ModulePool:
             surface=self.surface,
             seen=self.seen,
             owner=self.owner,
+            rank=self.rank,
             site=site,
         )
 

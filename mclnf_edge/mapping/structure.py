@@ -49,7 +49,7 @@ _SOLID, _EMPTY = 1.0, 0.015  # starting densities per unit in and above the grou
 
 @dataclass
 class Footprint:
-    """Where a frame's tiles meet the ground, by inner cell, by outer cell and in inner margins.
+    """Where a frame's tiles meet the ground, by inner cell and by outer cell.
 
     It holds for `ground` metres of ground height and the rasters `met` on the way there (None: a
     cell that had none). `tiles` is what `assign` gave the frame when the inner cells worth a module
@@ -60,7 +60,6 @@ class Footprint:
     met: dict[Cell, F32 | None]
     near: Tiles
     far: Tiles
-    border: Tiles
     worth: frozenset[Cell] | None = None
     tiles: Tiles = field(default_factory=dict)
 
@@ -174,7 +173,6 @@ class Structure:
             met,
             near=_cells(inner, xy, close, self.cell_m),
             far=_cells(inner + 1, xy, ok, self.cell_m * FAR),
-            border=_borders(inner, xy, close, self.cell_m),
         )
 
     def _stands(self, footprint: Footprint) -> bool:
@@ -195,7 +193,6 @@ class Structure:
         found: dict[int, Footprint] = {}
         for frame in frames:
             reached = found[frame.id] = self.footprint(frame)
-            frame.border = reached.border
             for cell, tiles in reached.near.items():
                 near_count[cell] += len(tiles)
             pause()
@@ -398,23 +395,6 @@ def _cells(
     for ix, iy in _distinct(index):
         here = (index[:, 0] == ix) & (index[:, 1] == iy)
         out[(level, ix, iy)] = tiles[here]
-    return out
-
-
-def _borders(
-    level: int, xy: F32, ok: npt.NDArray[np.bool_], edge: float
-) -> dict[Cell, npt.NDArray[np.int32]]:
-    """The tiles that lie in another cell, but in the margin where this one answers too."""
-    out: dict[Cell, npt.NDArray[np.int32]] = {}
-    inside = np.floor(xy / edge)
-    for dx, dy in ((-1, 0), (1, 0), (0, -1), (0, 1)):
-        reached = np.floor(xy / edge + MARGIN * np.array([dx, dy], np.float32))
-        crossed = ok & (reached != inside).any(1)
-        for ix, iy in _distinct(reached[crossed].astype(np.int64)):
-            here = crossed & (reached[:, 0] == ix) & (reached[:, 1] == iy)
-            cell = (level, ix, iy)
-            tiles = np.flatnonzero(here).astype(np.int32)
-            out[cell] = np.concatenate([out[cell], tiles]) if cell in out else tiles
     return out
 
 

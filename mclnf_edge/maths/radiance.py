@@ -23,7 +23,10 @@ UNITS = 64
 """Units of length along a cell's edge: one unit is the edge / UNITS metres."""
 
 MARGIN = 0.06
-"""Share of a cell's edge over which neighbours blend, on either side of the border."""
+"""Share of a cell's edge over which a module answers beyond the border of its cell."""
+
+UNSEEN = 0.01
+"""How much a module's answer counts that has not seen the place, beside one that has."""
 
 DARK = 0.002
 """A ray ends where less than this share of its light is left."""
@@ -91,7 +94,8 @@ class Placed(NamedTuple):
 
     `x`, `y` is the lowest corner and `edge` the edge of its cell, without margins; it knows the
     heights `low`..`low + height`. `surface` and `seen` (n, n) are its surface height and how many
-    frames saw it, on nodes that span the cell with its margins.
+    frames saw it, on nodes that span the cell with its margins. `rank` is its place in the
+    order in which modules answer: all differ.
     """
 
     params: Params
@@ -103,32 +107,50 @@ class Placed(NamedTuple):
     height: float
     surface: Tensor
     seen: Tensor
+    rank: int
 
 
 def gates(modules: Sequence[Placed], xy: Tensor) -> Tensor:
     """G (M, N) >= 0: each module's share at points (N, 2), summing to 1 where any knows the point.
 
-    A hat of 1 inside a cell, 1/2 on its border and 0 a margin beyond it, divided by the sum over
-    the modules present. Outer modules answer only where no inner one does.
+    G_i = h_i prod_{j before i} (1 - h_j), divided by the sum over i. h_i is a hat of 1 inside a
+    cell that falls to 0 over the margin beyond it, times 1 where frames have shown the module the
+    ground around and UNSEEN where not (bilinear over its nodes). Modules come in the order of their
+    ranks: whatever has a higher one changes nothing of what a cell has seen. Outer modules answer
+    only where no inner one does.
     """
     hats = torch.stack([_hat(m, xy) for m in modules])
     outer = torch.tensor([m.outer for m in modules], device=xy.device).unsqueeze(1)
     inside = (hats * ~outer).sum(0) > 0
     hats = torch.where(outer != inside, hats, torch.zeros_like(hats))
-    return hats / hats.sum(0).clamp(min=torch.finfo(hats.dtype).tiny)
+    hats = hats * torch.stack([1 - (1 - UNSEEN) * (1 - _seen_around(m, xy)) for m in modules])
+    left, shares = torch.ones_like(hats[0]), torch.zeros_like(hats)
+    for i in sorted(range(len(modules)), key=lambda i: modules[i].rank):
+        shares[i] = left * hats[i]
+        left = left - shares[i]
+    return shares / shares.sum(0).clamp(min=torch.finfo(hats.dtype).tiny)
 
 
 def _hat(m: Placed, xy: Tensor) -> Tensor:
     start = torch.tensor([m.x, m.y], dtype=xy.dtype, device=xy.device)
     within = torch.minimum(xy - start, start + m.edge - xy) / (MARGIN * m.edge)
-    return (0.5 + 0.5 * within).clamp(0, 1).prod(dim=1)
+    return (1 + within).clamp(0, 1).prod(dim=1)
+
+
+def _seen_around(m: Placed, xy: Tensor) -> Tensor:
+    u, v = _in_box(m, xy)
+    return bilinear((m.seen > 0).to(xy.dtype).unsqueeze(-1), u, v)[:, 0]
+
+
+def _in_box(m: Placed, xy: Tensor) -> tuple[Tensor, Tensor]:
+    """Points (N, 2) in a cell with its margins, 0 to 1 along each axis."""
+    margin, extent = MARGIN * m.edge, m.edge * (1 + 2 * MARGIN)
+    return (xy[:, 0] - m.x + margin) / extent, (xy[:, 1] - m.y + margin) / extent
 
 
 def unit_coords(m: Placed, xyz: Tensor) -> Tensor:
     """`PlaneField` coordinates (N, 4) in module m of points (N, 3)."""
-    margin, extent = MARGIN * m.edge, m.edge * (1 + 2 * MARGIN)
-    u = (xyz[:, 0] - m.x + margin) / extent
-    v = (xyz[:, 1] - m.y + margin) / extent
+    u, v = _in_box(m, xyz[:, :2])
     above = xyz[:, 2] - bilinear(m.surface.unsqueeze(-1), u, v)[:, 0]
     return torch.stack([u, v, (xyz[:, 2] - m.low) / m.height, above * UNITS / m.edge], dim=1)
 

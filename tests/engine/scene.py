@@ -22,7 +22,9 @@ REACH = np.float32(200.0)
 
 
 def make_pool(threads: int = 1, cells: tuple[Cell, ...] = (*INNER, OUTER)) -> ModulePool:
-    """Modules with random parameters, each its own height band and hilly surface."""
+    """Modules with random parameters, each its own height band and hilly surface, in an order that
+    is not that of their making.
+    """
     random = np.random.default_rng(5)
     pool = ModulePool(LAYOUT, CELL_M, random_mlp(3), threads)
     for cell in cells:
@@ -34,6 +36,8 @@ def make_pool(threads: int = 1, cells: tuple[Cell, ...] = (*INNER, OUTER)) -> Mo
         pool.surface[s] += random.normal(0, 0.3, pool.surface[s].shape)
         pool.density[s] = random.uniform(0, 0.4, pool.voxels)
         pool.seen[s] = random.integers(0, 2, pool.seen[s].shape)
+    for cell, rank in zip(cells, (30, 2, 11, 7, 5), strict=False):
+        pool.set_rank(cell, rank)
     for row in pool.owner[pool.owner >= 0]:
         pool.refresh_transposed(np.array([row]))
     return pool
@@ -105,5 +109,6 @@ def definition(pool: ModulePool) -> dict[Cell, Placed]:
         out[cell] = Placed(
             split(pool.features[s], pool.weights[s]), cell[0] % 2 == 1, x, y, edge, low,
             1 / inverse, torch.tensor(pool.surface[s]).double(), torch.tensor(pool.seen[s]),
+            pool.rank_of[cell],
         )  # fmt: skip
     return out

@@ -70,6 +70,7 @@ def plain_pool() -> ModulePool:
         z = low + (np.arange(n) + 0.5) / n / inverse
         pool.density[s] = np.tile(np.where(z < -1, 1.0, 0.02), pool.voxels // n)
         pool.surface[s] = -1
+        pool.seen[s] = np.arange(pool.seen.shape[1]) % 24 < 18  # wide stripes
     return pool
 
 

@@ -60,6 +60,24 @@ def pool_of(mapper: Mapper) -> ModulePool:
     return mapper.pool
 
 
+def test_modules_answer_in_the_order_in_which_they_were_closed(
+    closed: tuple[Mapper, MapStore],
+) -> None:
+    """In a map that is opened anew, too; one that is made then comes after all of them."""
+    made, store = closed
+    ranks = [pool_of(made).rank_of[m.cell] for m in made.modules.values()]
+    assert sorted(ranks) == list(range(1, len(ranks) + 1))
+    again = opened(store, len(ranks) + 1)
+    pool = pool_of(again)
+    assert pool.rank_of == pool_of(made).rank_of
+    assert again.residency is not None
+    again.residency.ensure(again.modules)
+    for cell, slot in pool.slot_of.items():
+        assert pool.rank[slot] == pool.rank_of[cell]
+    new = pool.spawn((0, 99, 99), -1.0, 1.0)
+    assert pool.rank[new.slot] > max(ranks)
+
+
 def residency_of(mapper: Mapper) -> Residency:
     assert mapper.residency is not None
     return mapper.residency

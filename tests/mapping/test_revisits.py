@@ -74,6 +74,7 @@ def test_a_revisit_makes_a_second_version_that_is_no_worse(flight: flights.Fligh
     take(m, kept, flight.frames[1::2], 100)
     again = [module for module in m.modules.values() if module.version == 2]
     assert again, "no cell was seen again"
+    assert all(kept[x.id, 2].meta["rank"] == kept[x.id, 1].meta["rank"] for x in again)
     assert all(kept[module.id, 2].meta["parent"] == 1 for module in again)
     assert flights.score(m, flight) > before - 0.05
     assert first == {name: kept[name, 1].arrays["features"].tobytes() for name in first}

@@ -183,12 +183,11 @@ def test_only_frames_whose_ground_changed_are_assigned_anew(
     kept = {i for i, known in before.items() if structure.footprints[i] is known}
     assert kept == {i for i, known in before.items() if cell not in known.met}
     fresh = Structure(structure.cell_m, points=structure.points, rasters=structure.rasters)
-    found = [(f.tiles, f.border) for f in frames]
+    found = [f.tiles for f in frames]
     fresh.assign(frames, set())
-    for (tiles, border), f in zip(found, frames, strict=True):
-        for old, new in ((tiles, f.tiles), (border, f.border)):
-            assert old.keys() == new.keys()
-            assert all(np.array_equal(old[c], new[c]) for c in new)
+    for old, f in zip(found, frames, strict=True):
+        assert old.keys() == f.tiles.keys()
+        assert all(np.array_equal(old[c], f.tiles[c]) for c in f.tiles)
     del structure.rasters[cell]
 
 

@@ -31,7 +31,7 @@ from tools import (  # noqa: E402
     table_weights,
 )
 from tools.mlp_stream import compose  # noqa: E402
-from tools.tasks import cut, first_hit, seams, task_map  # noqa: E402
+from tools.tasks import cut, first_hit, task_map  # noqa: E402
 
 CAMERA = Camera(40, 20, 20.0, 20.0, 20.0, 10.0)
 LOOKING_DOWN = np.array([[1.0, 0, 0, 10], [0, 1, 0, 5], [0, 0, 1, 10], [0, 0, 0, 1]])
@@ -223,22 +223,3 @@ def test_the_spread_of_weights() -> None:
     one = np.zeros(100, np.float32)
     one[3] = 100
     assert table_weights.distribution(one)["effective_share"] == pytest.approx(0.01)
-
-
-def test_a_module_learns_its_closed_neighbours_rays_in_its_margin() -> None:
-    mapper = flat_map(cells=[(0, 0, 0), (0, 1, 0), (0, 2, 0)])
-
-    class Held:
-        """What `seams` reads of a held frame."""
-
-        def __init__(self, tiles: dict[Cell, list[int]], border: dict[Cell, list[int]]) -> None:
-            self.tiles = {c: np.array(t, np.int32) for c, t in tiles.items()}
-            self.border = {c: np.array(t, np.int32) for c, t in border.items()}
-
-    sees_both = Held({(0, 0, 0): [1, 2], (0, 1, 0): [3, 4]}, {(0, 1, 0): [2, 7]})
-    sees_the_closed_one = Held({(0, 0, 0): [1, 2]}, {(0, 1, 0): [2]})
-    mapper.frames = {8: sees_both, 9: sees_the_closed_one}  # type: ignore[dict-item]
-    frame, tile, row = seams(mapper, [(0, 1, 0)], {(0, 0, 0)})
-    assert (frame.tolist(), tile.tolist()) == ([0], [2])
-    assert row.tolist() == [mapper.modules[0, 1, 0].row]
-    assert len(seams(mapper, [(0, 1, 0)], set())[0]) == 0
