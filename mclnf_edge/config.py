@@ -62,6 +62,7 @@ class MapConfig(Section):
     cell_size_m: float | Literal["auto"] = setting("auto", above=0)
     time_window_s: float = setting(10.0, above=0)
     inactivity_s: float = setting(20.0, above=0)
+    known_views: int = setting(1, 1, 255)
     frame_budget_bytes: int = setting(256 * MIB, MIB)
     journal_budget_bytes: int = setting(1024 * MIB, 8 * MIB)
     onnx: bool = False

@@ -109,7 +109,7 @@ class Tile(NamedTuple):
     near: I32
     near_share: F32
     u: F32
-    seen: npt.NDArray[np.uint8]
+    seen: npt.NDArray[np.bool_]
     x: F32
     h1: F32
     h2: F32
@@ -139,7 +139,7 @@ def _make_tile(samples, steps):
         np.empty(MOST, np.int32),
         np.empty(MOST, np.float32),
         np.empty(3 * _BLOCK, np.float32),
-        np.empty(_BLOCK, np.uint8),
+        np.empty(_BLOCK, np.bool_),
         np.zeros(_BLOCK * INPUTS, np.float32),
         np.empty(_BLOCK * HIDDEN, np.float32),
         np.empty(_BLOCK * HIDDEN, np.float32),
@@ -326,7 +326,7 @@ def _evaluate(scene, s, at, count, tile):
         tile.matter[r, 0] += own
         for c in range(1, 4):
             tile.matter[r, c] += own / (_ONE + o[a + c])
-        if tile.seen[k] > 0:
+        if tile.seen[k]:
             tile.matter[r, 4] += own
 
 

@@ -49,6 +49,7 @@ class TensorScene(NamedTuple):
     seen: Tensor
     owner: Tensor
     rank: Tensor
+    known_views: int
 
 
 class Course(NamedTuple):
@@ -88,7 +89,8 @@ class Points(NamedTuple):
     """E evaluations, sorted by slot: which modules look where, as their fields read it.
 
     `u` (E, 3) is in the module's unit cube, `above` (E,) the height above its surface in units,
-    `unit` (E,) metres per unit, `seen` (E,) whether frames saw the place, `directions` (E, 3).
+    `unit` (E,) metres per unit, `seen` (E,) whether enough frames saw the place, `directions`
+    (E, 3).
     """
 
     known: Known
@@ -284,7 +286,7 @@ def place(scene: TensorScene, ro: Tensor, rd: Tensor, bands: Tensor, course: Cou
 
 
 def surface_at(scene: TensorScene, slot: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Surface height and whether any frame saw it (E,), at u (E, 3) in the unit cube."""
+    """Surface height and whether enough frames saw it (E,), at u (E, 3) in the unit cube."""
     f = (u[:, :2] * (SURFACE - 1)).clamp(0, SURFACE - 1.001)
     i = f.long()
     a, b = (f - i).unbind(1)
@@ -293,7 +295,7 @@ def surface_at(scene: TensorScene, slot: Tensor, u: Tensor) -> tuple[Tensor, Ten
     low = (1 - a) * h[at] + a * h[at + 1]
     high = (1 - a) * h[at + SURFACE] + a * h[at + SURFACE + 1]
     near = (f + 0.5).long()
-    return (1 - b) * low + b * high, scene.seen[slot, near[:, 1], near[:, 0]] > 0
+    return (1 - b) * low + b * high, scene.seen[slot, near[:, 1], near[:, 0]] >= scene.known_views
 
 
 def trace(

@@ -64,8 +64,8 @@ class Scene(NamedTuple):
     (x, y, edge) with its margins; `band[s]` is (lowest z, 1 / height). `surface`, `seen` are
     (S, SURFACE, SURFACE): surface height and the number of frames that saw it. `owner[s]` is the
     row of a trainable module in the gradient arrays, -1 when it is frozen; `rank[s]` its place in
-    the order in which modules answer. A site's inner cells are of level 2 * site, its outer ones of
-    the level after it.
+    the order in which modules answer. What `known_views` frames saw counts as known. A site's
+    inner cells are of level 2 * site, its outer ones of the level after it.
     """
 
     cell: float
@@ -82,6 +82,7 @@ class Scene(NamedTuple):
     seen: U8
     owner: I32
     rank: I32
+    known_views: int
     site: int
 
 
@@ -320,13 +321,13 @@ def _voxel(scene, s, ax, ay, z):
 
 @njit(**INNER)
 def surface_at(scene, s, x, y):
-    """(height, frames that saw it) of module s's surface at local (x, y)."""
+    """(height, whether enough frames saw it) of module s's surface at local (x, y)."""
     i, j, a, b = _node(scene, s, x, y)
     h = scene.surface[s]
     low = (_ONE - a) * h[j, i] + a * h[j, i + 1]
     high = (_ONE - a) * h[j + 1, i] + a * h[j + 1, i + 1]
     near_i, near_j = i + int(a + float32(0.5)), j + int(b + float32(0.5))
-    return (_ONE - b) * low + b * high, scene.seen[s, near_j, near_i]
+    return (_ONE - b) * low + b * high, scene.seen[s, near_j, near_i] >= scene.known_views
 
 
 @njit(**INNER)
@@ -394,7 +395,7 @@ def _evaluate(scene, tape, x, y, z, n, slots, share, e):
         s = slots[j]
         inverse = _ONE / scene.box[s, 2]
         unit = scene.box[s, 2] * float32(1 / (64 * (1 + 2 * MARGIN)))
-        height, frames = surface_at(scene, s, x, y)
+        height, seen = surface_at(scene, s, x, y)
         tape.slot[e] = s
         tape.u[e, 0] = (x - scene.box[s, 0]) * inverse
         tape.u[e, 1] = (y - scene.box[s, 1]) * inverse
@@ -418,7 +419,7 @@ def _evaluate(scene, tape, x, y, z, n, slots, share, e):
         red += own * o[1]
         green += own * o[2]
         blue += own * o[3]
-        if frames > 0:
+        if seen:
             known += own
         e += 1
     if sigma > 0:

@@ -52,6 +52,7 @@ class Lent:
             seen=t["seen"],
             owner=t["owner"],
             rank=t["rank"],
+            known_views=self.pool.known_views,
         )
 
 

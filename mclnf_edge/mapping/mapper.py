@@ -361,8 +361,10 @@ class Mapper:
     def pool_of(self, cell_m: float) -> ModulePool:
         """The pool, made with cells of `cell_m` metres when there is none yet."""
         if self.pool is None:
-            layout, kernels = layout_of(self.field), self.optimizer.name == "numba"
-            self.pool = ModulePool(layout, cell_m, self.mlp, self.threads, kernels=kernels)
+            self.pool = ModulePool(
+                layout_of(self.field), cell_m, self.mlp, self.threads,
+                known_views=self.config.known_views, kernels=self.optimizer.name == "numba",
+            )  # fmt: skip
             if self.residency is not None:
                 self.residency.attach(self.pool)
             for structure in self.structures.values():

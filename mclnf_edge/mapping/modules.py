@@ -126,12 +126,21 @@ class ModulePool:
     output_fisher, adam_steps = Shared(), Shared()
 
     def __init__(
-        self, layout: Layout, cell_m: float, mlp: F32, threads: int, *, kernels: bool = True
+        self,
+        layout: Layout,
+        cell_m: float,
+        mlp: F32,
+        threads: int,
+        *,
+        known_views: int = 1,
+        kernels: bool = True,
     ) -> None:
         """`mlp` (layout.weights,) are the shared initial parameters every new module starts from.
 
-        Without `kernels` there is no room for the gradients of the compiled kernels' threads.
+        What `known_views` frames saw counts as known. Without `kernels` there is no room for the
+        gradients of the compiled kernels' threads.
         """
+        self.known_views = known_views
         self.copies: Copies | None = None
         self.rewritten: set[int] = set()
         self._scratch = threads if kernels else 0
@@ -344,6 +353,7 @@ class ModulePool:
             seen=self.seen,
             owner=self.owner,
             rank=self.rank,
+            known_views=self.known_views,
             site=site,
         )
 

@@ -163,9 +163,12 @@ class Radiance(NamedTuple):
     seen: Tensor
 
 
-def radiance(modules: Sequence[Placed], xyz: Tensor, field: PlaneField | None = None) -> Radiance:
-    """sigma = sum_i G_i sigma_i, c = sum_i G_i sigma_i c_i / sigma at points (N, 3)."""
-    field = PlaneField() if field is None else field
+def radiance(modules: Sequence[Placed], xyz: Tensor, known_views: int = 1) -> Radiance:
+    """sigma = sum_i G_i sigma_i, c = sum_i G_i sigma_i c_i / sigma at points (N, 3).
+
+    A column is seen when `known_views` frames saw it.
+    """
+    field = PlaneField()
     shares = gates(modules, xyz[:, :2])
     own, colors, known = [], [], []
     for m, share in zip(modules, shares, strict=True):
@@ -175,7 +178,7 @@ def radiance(modules: Sequence[Placed], xyz: Tensor, field: PlaneField | None = 
         colors.append(values[:, :3])
         last = len(m.seen) - 1
         i, j = ((coords[:, k].clamp(0, 1) * last + 0.5).long().clamp(max=last) for k in (0, 1))
-        known.append(m.seen[j, i] > 0)
+        known.append(m.seen[j, i] >= known_views)
     each = torch.stack(own)
     density = each.sum(0)
     safe = density.clamp(min=torch.finfo(density.dtype).tiny)
@@ -193,14 +196,19 @@ class Picture(NamedTuple):
 
 
 def render(
-    modules: Sequence[Placed], origins: Tensor, directions: Tensor, t: Tensor, width: Tensor
+    modules: Sequence[Placed],
+    origins: Tensor,
+    directions: Tensor,
+    t: Tensor,
+    width: Tensor,
+    known_views: int = 1,
 ) -> Picture:
     """Volume rendering of rays (R, 3), unit directions, at distances t (R, S) of given widths.
 
     w_k = T_k (1 - exp(-sigma_k d_k)), T_k the light that the samples before k let through.
     """
     points = origins.unsqueeze(1) + t.unsqueeze(-1) * directions.unsqueeze(1)
-    at = radiance(modules, points.flatten(0, 1))
+    at = radiance(modules, points.flatten(0, 1), known_views)
     through = torch.exp(-at.density.reshape(t.shape) * width)
     before = torch.cat([torch.ones_like(t[:, :1]), through.cumprod(1)[:, :-1]], dim=1)
     lit = before.detach() >= DARK

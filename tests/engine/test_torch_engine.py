@@ -53,6 +53,28 @@ def test_the_field_is_its_definition(pool: ModulePool) -> None:
     torch.testing.assert_close(traced.light.left, want.left, rtol=1e-4, atol=1e-4)
 
 
+def test_what_too_few_frames_saw_is_not_known(pool: ModulePool) -> None:
+    """By the kernels, by PyTorch and by definition."""
+    seen = pool.seen.copy()
+    pool.seen[:] = seen + 1
+    pool.known_views = 2
+    ro, rd, bands = small.rays(RAYS)
+    _, tape = small.forward(pool, ro, rd, bands, jitter=False)
+    rays = [torch.tensor(x).double() for x in (ro, rd, bands)]
+    scene = doubles(share(pool).scene(0))
+    traced = torch_volume.trace(
+        scene, NETWORK, tuple(rays), Course(SAMPLES, STEPS, 0.05, float(REACH))
+    )
+    ray, t, width = traced.samples
+    modules = list(small.definition(pool).values())
+    want = radiance.render(modules, rays[0][ray], rays[1][ray], t, width, 2).known
+    anyone = radiance.render(modules, rays[0][ray], rays[1][ray], t, width).known
+    pool.seen[:], pool.known_views = seen, 1
+    torch.testing.assert_close(traced.light.known, want, rtol=1e-4, atol=1e-4)
+    assert np.allclose(tape.known[ray.numpy()], want, atol=2e-3)
+    assert (want < anyone - 0.1).sum() > RAYS // 4
+
+
 def test_rays_are_sampled_as_the_kernels_do(pool: ModulePool) -> None:
     """Without jitter: the same rays meet modules, at the same distances, and look the same."""
     rays = small.rays(RAYS)
