@@ -257,7 +257,7 @@ def start_config(job: Job, setting: Setting, method: Method, learned_on: str) ->
 
 def make_method(name: str, setting: Setting) -> Method:
     """The method with one module per task where it is modular."""
-    method = METHODS[name] if name in METHODS else VARIANTS[name][1]
+    method = METHODS[name] if name in METHODS else VARIANTS[name].method
     if method.modules:
         method = replace(method, modules=setting.tasks)  # type: ignore[type-var]
     return method

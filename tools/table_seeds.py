@@ -50,6 +50,7 @@ SETTINGS: dict[str, dict[str, float]] = {
     "smoothing 0.08 and 2": {"_LARGE": 2.0},
     "32 views in the sweep": {"_SWEEP_VIEWS": 32},
     "96 columns along an edge": {"RASTER": 96},
+    "known from 2 views on": {"known_views": 2},
 }
 SHIPPED = "shipped"
 TOLD = ("told", "interpolated", "zero", "fitted")
@@ -107,10 +108,13 @@ def adapt(
     path: Path, seed: int, fold: int | None, init: Initialization, values: dict[str, float]
 ) -> dict[str, Any]:
     """STEPS steps from a seed of the sweep with `values`: PSNR of each held-out view in dB."""
-    with changed(values):
+    constants = {name: value for name, value in values.items() if name != "known_views"}
+    with changed(constants):
         episode = Episode(path, None, fold=fold)
         episode.restart(init.mlp, seed)
         episode.steps(STEPS)
+        assert episode.mapper.pool is not None
+        episode.mapper.pool.known_views = int(values.get("known_views", 1))
         scores = episode.score(SHRINK)
     names = [f.name for f in episode.test]
     row: dict[str, Any] = {"psnr": {n: round(v, 3) for n, v in zip(names, scores, strict=True)}}

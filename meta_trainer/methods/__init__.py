@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from meta_trainer.methods.base import Learning, Method, predict
 from meta_trainer.methods.modular import Modular
 from meta_trainer.methods.offline import Offline
@@ -22,19 +24,32 @@ METHODS: dict[str, Method] = {
 }
 """By the name the paper's tables use."""
 
-VARIANTS: dict[str, tuple[str, Method]] = {
-    "MOL (one task's batch)": ("MOL", Offline("MOL (one task's batch)", "mol", batches=1)),
-    "ER (buffer 1/20)": ("ER", Replay("ER (buffer 1/20)", share=0.05)),
-    "MER (buffer 1/20)": (
-        "MER",
-        Replay("MER (buffer 1/20)", reptile=True, within=0.03, share=0.05),
-    ),
-    "MER (across 0.1)": ("MER", Replay("MER (across 0.1)", reptile=True, within=0.03, across=0.1)),
+
+class Variant(NamedTuple):
+    """Another reading of the method called `own`, for data sets of these kinds."""
+
+    own: str
+    kinds: tuple[str, ...]
+    method: Method
+
+
+_SIGNALS = ("image", "video", "audio")
+VARIANTS: dict[str, Variant] = {
+    v.method.name: v
+    for v in (
+        Variant("MOL", (*_SIGNALS, "views"), Offline("MOL (one task's batch)", "mol", batches=1)),
+        Variant("ER", (*_SIGNALS, "views"), Replay("ER (buffer 1/20)", share=0.05)),
+        Variant(
+            "MER", _SIGNALS, Replay("MER (buffer 1/20)", reptile=True, within=0.03, share=0.05)
+        ),
+        Variant("MER", _SIGNALS, Replay("MER (across 0.1)", reptile=True, within=0.03, across=0.1)),
+        Variant("EWC", ("views",), Ewc("EWC (strength 30)", strength=30.0)),
+        Variant("OML", ("views",), Sequential("OML (top 6 layers)", "oml", top=6)),
+    )
 }
-"""Other readings of a method, each with the name of that method: tried as causes where our order of
-two methods is not the paper's."""
+"""Tried as causes where our order of two methods is not the paper's."""
 
 STARTS: dict[str, str] = {m.start: name for name, m in METHODS.items() if m.start != "random"}
 """Which method each kind of learned start is trained for."""
 
-__all__ = ["METHODS", "STARTS", "VARIANTS", "Learning", "Method", "predict"]
+__all__ = ["METHODS", "STARTS", "VARIANTS", "Learning", "Method", "Variant", "predict"]
