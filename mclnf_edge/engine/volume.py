@@ -49,8 +49,10 @@ FAR = 8
 """An outer cell's edge in inner cells."""
 
 MARGIN = 0.06
+"""Share of a cell's edge over which a module answers beyond the border of its cell."""
+
 UNSEEN = 0.01
-"""Share of a cell's edge over which neighbours blend, on either side of the border."""
+"""How much a module's answer counts that has not seen the place, beside one that has."""
 
 MOST = 4  # modules that can know one point
 _ONE = float32(1)

@@ -750,7 +750,7 @@ class Mapper:
             module.slot = pool.load(cell, arrays)
         if "rank" in meta:
             pool.set_rank(cell, int(meta["rank"]))
-        else:
+        else:  # a map from before modules had an order
             pool.rank_closed(cell)
         self.modules[cell] = module
         self.exposures.load(gains)

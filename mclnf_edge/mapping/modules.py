@@ -266,7 +266,7 @@ class ModulePool:
 
     def rank_closed(self, cell: Cell) -> None:
         """From here on a cell comes before all that still learn; a closed one stays where it is."""
-        if self.rank_of[cell] >= _LEARNING:
+        if self.rank_of.get(cell, _LEARNING) >= _LEARNING:
             closed = (r for r in self.rank_of.values() if r < _LEARNING)
             self.set_rank(cell, max(closed, default=0) + 1)
 

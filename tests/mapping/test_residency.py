@@ -76,6 +76,11 @@ def test_modules_answer_in_the_order_in_which_they_were_closed(
         assert pool.rank[slot] == pool.rank_of[cell]
     new = pool.spawn((0, 99, 99), -1.0, 1.0)
     assert pool.rank[new.slot] > max(ranks)
+    old = flights.mapper_of_nothing()
+    for record in store.modules():
+        meta = {key: value for key, value in record.meta.items() if key != "rank"}
+        old.adopt(None, meta, record.version, record.digest)
+    assert sorted(pool_of(old).rank_of.values()) == sorted(ranks), "an older map gets an order"
 
 
 def residency_of(mapper: Mapper) -> Residency:
