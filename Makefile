@@ -38,6 +38,7 @@ lint: setup
 
 types: setup
 	$(BIN)/mypy -p mclnf_edge -p meta_trainer
+	$(BIN)/mypy --explicit-package-bases tools
 
 format: setup
 	$(BIN)/ruff format .

@@ -76,7 +76,7 @@ def points(frame: Frame, depth: npt.NDArray[np.float32]) -> F64:
     d = depth.astype(np.float64)
     local = np.stack([(u - c.cx) / c.fx * d, -(v - c.cy) / c.fy * d, -d], axis=-1).reshape(-1, 3)
     T = frame.T_world_camera
-    return local @ T[:3, :3].T + T[:3, 3]
+    return np.asarray(local @ T[:3, :3].T + T[:3, 3])
 
 
 def project(frame: Frame, at: F64, size: tuple[int, int]) -> tuple[F64, F64, F64]:

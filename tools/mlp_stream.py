@@ -109,7 +109,10 @@ class MlpStream:
         out = np.empty((len(rd), 3), np.float32)
         for a in range(0, len(rd), _CHUNK):
             part = rd[a : a + _CHUNK]
-            ro, bands = np.tile(eye, (len(part), 1)), np.tile(np.float32(band), (len(part), 1))
+            ro, bands = (
+                np.tile(eye, (len(part), 1)),
+                np.tile(np.array(band, np.float32), (len(part), 1)),
+            )
             with torch.no_grad():
                 out[a : a + len(part)] = self.render(ro, part, bands, jitter=False)[0].numpy()
         return (out * np.exp(gain)).clip(0, 1)

@@ -265,7 +265,7 @@ class Stage:
         corners = np.array([pool.bounds(cell)[:2] for cell in cells])
         low, high = corners.min(0), corners.max(0) + pool.cell_m
         bottom, top = pool.height_band(cells)
-        centre = np.float32([*(0.5 * (low + high)), 0.5 * (bottom + top)])
+        centre = np.array([*(0.5 * (low + high)), 0.5 * (bottom + top)], np.float32)
         return centre, float(0.5 * max(*(high - low), top - bottom))
 
     def _all_tiles(self) -> int:

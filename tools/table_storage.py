@@ -96,7 +96,7 @@ def quantized(features: F32, layout: Layout, bits: int) -> F32:
         low, high = (f(features[:, part], axis=1, keepdims=True) for f in (np.min, np.max))
         step = np.maximum((high - low) / (2**bits - 1), 1e-12)
         out[:, part] = low + np.round((features[:, part] - low) / step) * step
-    return out
+    return np.asarray(out)
 
 
 if __name__ == "__main__":

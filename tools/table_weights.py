@@ -110,7 +110,7 @@ def adapt(
     mapper = episode.mapper
     tiles = sum(len(t) for f in mapper.frames.values() for t in f.tiles.values())
     passes = STEPS * mapper.adapt.rays_per_step / (tiles * TILE * TILE)
-    mapper.adapt = replace(mapper.adapt, passes=passes, **setting)
+    mapper.optimizer.adapt = replace(mapper.adapt, passes=passes, **setting)
     began, weights = time.process_time(), []
     for step in range(STEPS):
         report = mapper.step()

@@ -392,8 +392,9 @@ class Mapper:
         return module.row >= 0 and module.version == 1 and module.frames <= self.frames.keys()
 
     def _passed(self, module: Module) -> bool:
-        """Whether the flight has moved on from a module."""
-        return time.monotonic() - module.last_frame_at >= _LEFT_S
+        """Whether the flight has moved on from a module, or its tasks have ended."""
+        over = module.asked or self._ended_all(module)
+        return over or time.monotonic() - module.last_frame_at >= _LEFT_S
 
     def _sees_more(self, module: Module) -> bool:
         """Whether held frames may see ground that a module lacks, and no more come."""

@@ -262,6 +262,20 @@ def test_a_module_is_seeded_from_all_its_frames_once_the_flight_has_moved_on(
     views = {c: sum(c in f.tiles for f in m.frames.values()) for c in m.modules}
     assert all(1.1 * m.modules[c].seeded_with >= views[c] for c in m.modules)
     assert score(m, flight) > before
+
+
+def test_a_module_whose_task_has_ended_waits_for_no_more_frames(flight: Flight) -> None:
+    config = MapConfig(cell_size_m=CELL_M, tasks="publisher")
+    m = Mapper(config, FIELD, ADAPT, flights.INIT, 1)
+    for i, frame in enumerate(flight.frames):
+        m.add(i, flights.STREAM, replace(frame, task="east"))
+        m.settle()
+        m.step()
+    assert not any(m._left(module) for module in m.learning()), "more frames may come"
+    m.end_task(flights.STREAM, "east")
+    assert any(m._left(module) for module in m.learning())
+    assert m.settle() and not m.settle()
+    assert not any(m._left(module) or module.fresh for module in m.learning())
     learn(m)
     for module in m.modules.values():
         module.last_frame_at -= 60.0

@@ -74,7 +74,7 @@ def environment(folder: Path, pins: Path) -> Path:
     if not ready.exists():
         print(f"making an environment for {pins.stem} in {home.name} (some 6 GB)", flush=True)
         venv.create(home, with_pip=True, clear=True)
-        words = [python, "-m", "pip", "install", "--quiet", "--requirement", pins]
+        words = [str(python), "-m", "pip", "install", "--quiet", "--requirement", str(pins)]
         done = subprocess.run(words, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             raise PeerError(f"pip could not install {pins.name}: {done.stderr[-1000:]}")

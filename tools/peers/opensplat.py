@@ -142,7 +142,7 @@ def train(
     binary: Path, project: Path, out: Path, marks: Sequence[float]
 ) -> Iterator[tuple[dict[str, Any], Path]]:
     """Figures and splat file of each mark, as it passes."""
-    words = [binary, project, "-o", out / "splat.ply", "-s", str(EVERY), *SETTINGS]
+    words = [str(binary), str(project), "-o", str(out / "splat.ply"), "-s", str(EVERY), *SETTINGS]
     out.mkdir(parents=True, exist_ok=True)
     clock, left, kept, said = Clock(EVERY), list(marks), 0, ""
     with subprocess.Popen(

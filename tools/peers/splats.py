@@ -93,7 +93,9 @@ def render(
     colour = np.einsum("nk,nkc->nc", harmonics(looking, splats.colour), splats.colour[order])
     rgb = np.zeros((camera.height, camera.width, 3))
     through = np.ones((camera.height, camera.width))
-    paint(centre, flat, np.maximum(colour + 0.5, 0), splats.opacity[order], rgb, through)
+    paint(  # type: ignore[call-arg, type-var]
+        centre, flat, np.maximum(colour + 0.5, 0), splats.opacity[order], rgb, through
+    )
     rgb += through[..., None] * np.asarray(background)
     shown: RGB = np.round(np.clip(rgb, 0, 1) * 255).astype(np.uint8)
     return shown
