@@ -183,8 +183,9 @@ def step_generator(seed: int, step: int, number: int) -> torch.Generator:
 def save_init(path: Path, run: Run, config: TrainConfig, signals: int) -> None:
     """Write the initialization: field, parameters, rates, window, configuration, data it saw."""
     data = DATASETS[config.dataset]
+    named = dataclasses.replace(config, out=Path(config.out).name)  # no folder of this machine
     meta = {
-        "config": dataclasses.asdict(config),
+        "config": dataclasses.asdict(named),
         "step": run.step,
         "data": {"dataset": data.name, "signals": signals, "licence": data.licence},
     }

@@ -290,6 +290,7 @@ def test_a_shipped_start_is_the_one_that_reproduce_looks_for(path: Path, tmp_pat
     setting = replace(setting, widen=config.width // job.field(setting, method).width)
     asked = runs.start_config(job, setting, method, config.dataset)
     assert runs.shipped_start(asked) == path and kind in ("image", "audio", "video", "views")
+    assert not Path(load_init(path)["config"]["out"]).is_absolute(), "no folder of a machine"
     got = runs.start_params(job, setting, method, 0)
     assert not list(tmp_path.iterdir()), "nothing was trained"
     fresh = job.field(setting, method).init(torch.Generator().manual_seed(0))
