@@ -183,32 +183,43 @@ def _candidates(scene: TensorScene, xy: Tensor, outer: int) -> tuple[Tensor, Ten
     i = f.floor()
     a = f - i
     within = (torch.minimum(a, 1 - a) / MARGIN).clamp(max=1)
-    cell = torch.stack([i, i + torch.where(a < 0.5, -1, 1)], dim=1).long()
-    pick = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]], device=xy.device)  # own or next, by axis
-    slot = find_slots(scene, outer, cell[:, pick[:, 0], 0], cell[:, pick[:, 1], 1])  # (N, 4)
+    cell = torch.stack([i, i + torch.where(a < 0.5, -1, 1)], dim=1).long()  # (N, own or next, axis)
     by_axis = torch.stack([torch.ones_like(within), 1 - within], dim=1)
-    hat = by_axis[:, pick[:, 0], 0] * by_axis[:, pick[:, 1], 1] * (slot >= 0)
-    near = (within < 1).any(1).nonzero()[:, 0]
-    hat[near] *= 1 - (1 - UNSEEN) * (1 - _seen_around(scene, slot[near], xy[near]))
+    hat = (by_axis[:, :, None, 0] * by_axis[:, None, :, 1]).flatten(1)  # (N, 4)
+    at, k = (hat > 0).nonzero(as_tuple=True)
+    slot = torch.full_like(hat, -1, dtype=torch.long)
+    slot[at, k] = find_slots(scene, outer, cell[at, k // 2, 0], cell[at, k % 2, 1])
+    share = hat * (slot >= 0)
+    near = (within < 1).any(1).nonzero()[:, 0]  # elsewhere a cell is alone
+    share[near], slot[near] = _in_order(scene, share[near], slot[near], xy[near])
+    point, k = (share > 0).nonzero(as_tuple=True)
+    return point, slot[point, k], share[point, k]
+
+
+def _in_order(scene: TensorScene, hat: Tensor, slot: Tensor, xy: Tensor) -> tuple[Tensor, Tensor]:
+    """What modules (N, 4) take of the points in order of rank, and which, the largest first."""
+    hat = hat * (1 - (1 - UNSEEN) * (1 - _seen_around(scene, slot, xy)))
     order = scene.rank[slot].argsort(dim=1)
-    through = (1 - hat).gather(1, order).cumprod(1)
-    before = torch.cat([torch.ones_like(through[:, :1]), through[:, :-1]], dim=1)
+    left = (1 - hat).gather(1, order).cumprod(1)
+    before = torch.cat([torch.ones_like(left[:, :1]), left[:, :-1]], dim=1)
     share = hat * torch.zeros_like(hat).scatter(1, order, before)
     share, by_share = share.sort(dim=1, descending=True, stable=True)
-    point, k = (share > 0).nonzero(as_tuple=True)
-    return point, slot.gather(1, by_share)[point, k], share[point, k]
+    return share, slot.gather(1, by_share)
 
 
 def _seen_around(scene: TensorScene, slot: Tensor, xy: Tensor) -> Tensor:
     """How much of what is around points (N, 2) frames have shown to modules (N, 4): 0 to 1."""
     box = scene.box[slot]
-    u = (xy[:, None] - box[..., :2]) / box[..., 2:]
-    last = scene.seen.shape[-1] - 1
-    f = (u * last).clamp(0, last - 1e-3)
-    i, j = f.long().unbind(-1)
-    a, b = (f - f.floor()).unbind(-1)
+    i, j, a, b = _node((xy[:, None] - box[..., :2]) / box[..., 2:])
     at = [scene.seen[slot, j + d, i + c].clamp(max=1) for d in (0, 1) for c in (0, 1)]
     return (1 - b) * ((1 - a) * at[0] + a * at[1]) + b * ((1 - a) * at[2] + a * at[3])
+
+
+def _node(u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Column and row of the surface before u (..., 2) in 0..1, and the fractions beyond."""
+    f = (u * (SURFACE - 1)).clamp(0, SURFACE - 1.001)
+    (i, j), (a, b) = f.long().unbind(-1), (f - f.floor()).unbind(-1)
+    return i, j, a, b
 
 
 def span(bands: Tensor, oz: Tensor, dz: Tensor, reach: float) -> tuple[Tensor, Tensor]:
@@ -287,15 +298,13 @@ def place(scene: TensorScene, ro: Tensor, rd: Tensor, bands: Tensor, course: Cou
 
 def surface_at(scene: TensorScene, slot: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Surface height and whether enough frames saw it (E,), at u (E, 3) in the unit cube."""
-    f = (u[:, :2] * (SURFACE - 1)).clamp(0, SURFACE - 1.001)
-    i = f.long()
-    a, b = (f - i).unbind(1)
-    at = (slot * SURFACE + i[:, 1]) * SURFACE + i[:, 0]
+    i, j, a, b = _node(u[:, :2])
+    at = (slot * SURFACE + j) * SURFACE + i
     h = scene.surface.view(-1)
     low = (1 - a) * h[at] + a * h[at + 1]
     high = (1 - a) * h[at + SURFACE] + a * h[at + SURFACE + 1]
-    near = (f + 0.5).long()
-    return (1 - b) * low + b * high, scene.seen[slot, near[:, 1], near[:, 0]] >= scene.known_views
+    seen = scene.seen[slot, j + (b >= 0.5), i + (a >= 0.5)]
+    return (1 - b) * low + b * high, seen >= scene.known_views
 
 
 def trace(
