@@ -126,7 +126,7 @@ def has_pesq() -> bool:
     return importlib.util.find_spec("pesq") is not None
 
 
-def search_rate(
+def try_rates(
     method: Method,
     start: Params,
     episodes: Sequence[Episode],
@@ -134,8 +134,8 @@ def search_rate(
     rates: Sequence[float],
     steps: int,
     seed: int,
-) -> tuple[float, dict[str, float]]:
-    """The step size with the best mean PSNR after `steps` steps, and every one's figure.
+) -> dict[str, float]:
+    """Mean PSNR (dB) after `steps` steps of each step size, under its name in `%g`.
 
     A rate that diverges (PSNR not finite) counts as -inf. The same budget for every method.
     """
@@ -154,7 +154,7 @@ def search_rate(
             found.append(psnr(got, true, seen.mask, seen.peak))
         mean = float(np.mean(found))
         table[f"{rate:g}"] = mean if math.isfinite(mean) else -math.inf
-    return max(rates, key=lambda r: table[f"{r:g}"]), table
+    return table
 
 
 def write_panel(path: Path, picture: Signal) -> None:

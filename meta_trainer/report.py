@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import html
 import io
 import itertools
@@ -14,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from mclnf_edge.errors import ConfigError
-from meta_trainer.runs import SHIPPED
+from meta_trainer.runs import SHIPPED, Setting
 
 Row = Mapping[str, Any]
+
+USUAL = dataclasses.asdict(Setting(""))
 
 DISCREPANCIES = (
     "Table 7 counts 10 hidden 256x256 layers with 2 inputs and 3 outputs (659,459); the text says "
@@ -154,7 +157,8 @@ def _rates(path: Path) -> Iterator[str]:
     """Every step size that was tried on validation signals, PSNR in dB; * marks the chosen one."""
     if not path.is_file():
         return
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    read = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line)
+    lines = {line["key"]: line for line in read}.values()  # a key's last line has all it tried
     rates = sorted({float(rate) for line in lines for rate in line["tried"]})
     yield "## Step sizes tried on validation signals (dB, * chosen)"
     yield ""
@@ -163,9 +167,16 @@ def _rates(path: Path) -> Iterator[str]:
     for line in lines:
         tried = {float(rate): psnr for rate, psnr in line["tried"].items()}
         cells = [_tried(tried.get(rate), rate == line["rate"]) for rate in rates]
-        how = f", {line['weighting']}, lambda {line['lam']:g}" if "weighting" in line else ""
-        yield "| " + " | ".join([line["dataset"], line["method"] + how, *cells]) + " |"
+        yield "| " + " | ".join([line["dataset"], line["method"] + _how(line), *cells]) + " |"
     yield ""
+
+
+def _how(line: Row) -> str:
+    """What of a search's setting is not the usual one."""
+    told = [f"{key} {line[key]}" for key in ("cut", "tasks", "widen") if line[key] != USUAL[key]]
+    if line["weighting"]:
+        told.append(f"{line['weighting']}, lambda {line['lam']:g}")
+    return "".join(f", {t}" for t in told)
 
 
 def _tried(psnr: float | None, chosen: bool) -> str:

@@ -23,10 +23,7 @@ from mclnf_edge.maths.fields import NerfMlp, Params, Siren
 from meta_trainer.config import TrainConfig, parse_config
 from meta_trainer.data import DATASETS, Item, open_folder, open_items
 from meta_trainer.episodes import Cut, Episode
-from meta_trainer.evaluate import (
-    run_signal,
-    search_rate,
-)
+from meta_trainer.evaluate import run_signal, try_rates
 from meta_trainer.methods import METHODS, VARIANTS, Learning, Method
 from meta_trainer.ray_field import RayField, rows_of
 from meta_trainer.signals import cut_item
@@ -94,7 +91,7 @@ def _doubling(last: int) -> tuple[int, ...]:
     return tuple(2**k for k in range(last.bit_length()))
 
 
-_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 BUDGETS = {
     b.name: b
     for b in (
@@ -103,7 +100,7 @@ BUDGETS = {
         Budget("paper", _doubling(4096), 3, 100, 0, 256, 500_000, 0, _RATES, 8, 256),
     )
 }  # fmt: skip
-_SOUND_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+_SOUND_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 SOUND_BUDGETS = {
     b.name: b
     for b in (
@@ -114,7 +111,7 @@ SOUND_BUDGETS = {
                     outer_rate=1e-5),
     )
 }  # fmt: skip
-_VIEW_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+_VIEW_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 VIEW_BUDGETS = {
     b.name: b
     for b in (
@@ -123,7 +120,7 @@ VIEW_BUDGETS = {
         ViewBudget("cpu", _doubling(512), 3, 2, 64, 64, 1500, 64, _VIEW_RATES, 1, 64,
                    view_width=96, ray_samples=16, rays=2**15, held=0),
         ViewBudget("paper", _doubling(1024), 3, 100, 256, 512, 500_000, 256,
-                   (1e-4, *_VIEW_RATES[:-1]), 2, 256, outer_rate=1e-4),
+                   _VIEW_RATES, 2, 256, outer_rate=1e-4),
     )
 }  # fmt: skip
 
@@ -289,13 +286,14 @@ def run_method(
     """
     held = {r["key"]: r for r in _lines(job.out / "runs.jsonl")}
     method, records = make_method(name, setting), []
+    rate, _ = chosen_rate(job, setting, name, method)
     for number, item in enumerate(test_items(job, setting)):
         for seed in range(job.budget.seeds):
-            key = run_key(job.budget, setting, name, item, seed)
+            key = run_key(job.budget, setting, name, item, seed, rate)
             panels = job.out / "panels" / key if number == seed == 0 else None
             shown = item.kind == "audio" or panels is None or (panels / "truth.png").is_file()
             if key not in held or (pictures and not shown):
-                record = _compute(job, setting, name, method, item, seed, panels)
+                record = _compute(job, setting, name, method, item, seed, rate, panels)
                 if key not in held:
                     held[key] = {"key": key, **record}
                     _append(job.out / "runs.jsonl", held[key])
@@ -303,10 +301,22 @@ def run_method(
     return records
 
 
-def run_key(budget: Budget, setting: Setting, name: str, item: Item, seed: int) -> str:
+_SEARCH = ("search", "search_signals", "search_steps")
+_BREADTH = ("seeds", "signals")
+
+
+def run_key(budget: Budget, setting: Setting, name: str, item: Item, seed: int, rate: float) -> str:
     """Names a run by everything that decides its result but the code and the data's own folder."""
     file = "/".join(item.path.parts[-3:])
-    parts = [dataclasses.asdict(budget), dataclasses.asdict(setting), name, file, seed]
+    return _key(_without(budget, *_SEARCH, *_BREADTH), setting, name, file, seed, rate)
+
+
+def _without(budget: Budget, *fields: str) -> dict[str, Any]:
+    return {k: v for k, v in dataclasses.asdict(budget).items() if k not in fields}
+
+
+def _key(budget: dict[str, Any], setting: Setting, *others: str | float) -> str:
+    parts = [budget, dataclasses.asdict(setting), *others]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -315,29 +325,28 @@ def chosen_rate(
 ) -> tuple[float, dict[str, float]]:
     """This method's step size from the validation signals, and every one's figure.
 
-    Kept in `rates.jsonl`.
+    Kept in `rates.jsonl`, where step sizes that are asked for later are added to those tried.
     """
-    alone = replace(setting, folder=None)
-    parts = [dataclasses.asdict(job.budget), dataclasses.asdict(alone), name]
-    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-    for line in _lines(job.out / "rates.jsonl"):
-        if line["key"] == key:
-            return line["rate"], line["tried"]
-    items = open_items(setting.dataset, "val", job.root)[: job.budget.search_signals]
-    rate, tried = search_rate(
-        method,
-        start_params(job, setting, method, 0),
-        [load_episode(i, setting, job.budget) for i in items],
-        job.learning(setting, method),
-        job.budget.search,
-        job.budget.search_steps,
-        0,
-    )
-    line = {"key": key, "method": name, "dataset": setting.dataset, "rate": rate, "tried": tried}
-    if setting.weighting:
-        line |= {"weighting": setting.weighting, "lam": setting.lam}
-    _append(job.out / "rates.jsonl", line)
-    return rate, tried
+    alone, budget = replace(setting, folder=None), job.budget
+    key = _key(_without(budget, "search", "marks", *_BREADTH), alone, name)
+    held = {line["key"]: line["tried"] for line in _lines(job.out / "rates.jsonl")}
+    tried = held.get(key, {})
+    if missing := [rate for rate in budget.search if f"{rate:g}" not in tried]:
+        items = open_items(setting.dataset, "val", job.root)[: budget.search_signals]
+        tried |= try_rates(
+            method,
+            start_params(job, setting, method, 0),
+            [load_episode(i, setting, budget) for i in items],
+            job.learning(setting, method),
+            missing,
+            budget.search_steps,
+            0,
+        )
+    best = max(budget.search, key=lambda rate: tried[f"{rate:g}"])
+    if missing:
+        line = {"key": key, "method": name, **dataclasses.asdict(alone)}
+        _append(job.out / "rates.jsonl", {**line, "rate": best, "tried": tried})
+    return best, {f"{rate:g}": tried[f"{rate:g}"] for rate in budget.search}
 
 
 def _compute(
@@ -347,9 +356,9 @@ def _compute(
     method: Method,
     item: Item,
     seed: int,
+    rate: float,
     panels: Path | None,
 ) -> dict[str, Any]:
-    rate, _ = chosen_rate(job, setting, name, method)
     record = run_signal(
         method,
         start_params(job, setting, method, seed),

@@ -7,7 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import cv2
@@ -195,13 +195,35 @@ def test_search_takes_the_best_rate_and_shows_all() -> None:
 
     field = Siren(2, 3, 16)
     episode = image_episode("a", np.random.default_rng(0).random((8, 8, 3)))
-    rate, tried = evaluate.search_rate(
+    tried = evaluate.try_rates(
         METHODS["OL"], field.init(torch.Generator().manual_seed(0)), [episode],
         Learning(field), (1e-6, 1e-2, 1e9), 8, 0,
     )  # fmt: skip
-    assert (
-        rate == 1e-2 and tried["0.01"] > tried["1e-06"] and set(tried) == {"1e-06", "0.01", "1e+09"}
-    )
+    assert set(tried) == {"1e-06", "0.01", "1e+09"}
+    assert tried["0.01"] > tried["1e-06"] > tried["1e+09"]
+
+
+def test_a_wider_grid_tries_what_is_new_and_keeps_runs_of_the_same_step_size(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting, budget = Setting("faces"), replace(runs.BUDGETS["smoke"], search=(1e-2,))
+    tried, keys = [], []
+    real = runs.try_rates
+
+    def spy(method, start, episodes, how, rates, steps, seed):  # type: ignore[no-untyped-def]
+        tried.append(list(rates))
+        return real(method, start, episodes, how, rates, steps, seed)
+
+    monkeypatch.setattr(runs, "try_rates", spy)
+    for search in ((1e-2,), (1e-9, 1e-2), (1e-9, 1e-2), (1e-9,)):
+        job = Job(replace(budget, search=search), root, tmp_path)
+        rate, shown = runs.chosen_rate(job, setting, "OL", runs.make_method("OL", setting))
+        assert rate == max(search) and set(shown) == {f"{r:g}" for r in search}
+        keys.append([r["key"] for r in runs.run_method(job, setting, "OL")])
+    assert tried == [[1e-2], [1e-9]]
+    assert keys[0] == keys[1] == keys[2] != keys[3]
+    wide = json.loads((tmp_path / "rates.jsonl").read_text().splitlines()[-1])
+    assert wide["tried"]["0.01"] > wide["tried"]["1e-09"] and wide["rate"] == 1e-2
 
 
 def test_bootstrap_interval_covers_the_mean() -> None:
@@ -232,12 +254,13 @@ def test_agreement_and_falls_by_hand() -> None:
 def test_report_has_tables_curves_and_panels(root: Path, out: Path) -> None:
     for target in ("table1", "fig4", "table7"):
         reproduce.reproduce(target, dataset="faces", root=root, out=out)
-    tried = {"key": "k", "method": "OL", "dataset": "faces", "rate": 0.01}
-    tried |= {"tried": {"0.01": 20.0, "0.1": -math.inf}}
-    (out / "rates.jsonl").write_text(json.dumps(tried) + "\n")
+    narrow = {"key": "k", "method": "OL", **asdict(Setting("faces", cut="interleaved"))}
+    narrow |= {"rate": 0.1, "tried": {"0.1": 10.0}}
+    wide = {**narrow, "rate": 0.01, "tried": {"0.01": 20.0, "0.1": -math.inf}}
+    (out / "rates.jsonl").write_text(json.dumps(narrow) + "\n" + json.dumps(wide) + "\n")
     page, markdown = write_report(out)
     text = markdown.read_text()
-    assert "| faces | OL | 20.00 * | diverged |" in text
+    assert "| faces | OL, cut interleaved | 20.00 * | diverged |" in text and "10.00" not in text
     assert "| faces-mol-strips-4-256 | faces | 1500 |" in text
     assert "| faces | Ours (MIM) |" in text and "best (paper)" in text and "Discrepancies" in text
     text = page.read_text()
