@@ -44,7 +44,7 @@ def as_text(result: Mapping[str, Any]) -> str:
     """A result as a Markdown table."""
     datasets = dict.fromkeys(r["dataset"] for r in result["rows"] if "dataset" in r)
     names = dict.fromkeys(budget["name"] for budget in result["budgets"].values())
-    about = ", ".join([*names, *datasets])
+    about = ", ".join([*names, *filter(None, datasets), *filter(None, [result.get("folder")])])
     return "\n".join([f"## {result['target']} ({about})", "", *_table(result)])
 
 
@@ -61,10 +61,10 @@ def _columns(rows: Sequence[Row]) -> list[str]:
     """Columns that some row has, our figure followed by the paper's."""
     order = (
         "dataset", "method", "lam", "width", "tasks", "metric", "step1", "best", "best_step",
-        "last", "parameters", "memory_mb", "episodes_per_s", "psnr", "interval", "forgetting",
-        "transfer", "rate", "seeds", "n",
+        "last", "parameters", "memory_mb", "episodes_per_s", "psnr", "interval", "seed_std",
+        "forgetting", "transfer", "rate", "seeds", "n",
     )  # fmt: skip
-    found = [c for c in order if any(c in row for row in rows)]
+    found = [c for c in order if any(row.get(c) is not None for row in rows)]
     papered = {k for row in rows for k in (row.get("paper") or {})}
     return [x for c in found for x in ([c, f"{c} (paper)"] if c in papered else [c])]
 
@@ -127,6 +127,21 @@ def falls(rows: Sequence[Row]) -> dict[tuple[str, str], float]:
                 b - v for b, v in zip(best, values, strict=True)
             )
     return drops
+
+
+def endings(rows: Sequence[Row]) -> Iterator[str]:
+    """Per data set, which methods end more than 0.2 dB below their best, beside the paper's."""
+    known = [r for r in rows if r["metric"] == "psnr" and r.get("paper") and r.get("last")]
+    for dataset in dict.fromkeys(r["dataset"] for r in known):
+        here = [r for r in known if r["dataset"] == dataset]
+        ours = {r["method"]: r["best"] - r["last"] for r in here}
+        printed = {r["method"]: r["paper"]["best"] - r["paper"]["last"] for r in here}
+        told = [
+            f"{name} by {ours[name]:.1f} (paper {printed[name]:.1f})"
+            for name in ours
+            if max(ours[name], printed[name]) > 0.2
+        ]
+        yield f"{dataset}: at the last step below their best, dB: {', '.join(told) or 'none'}."
 
 
 def write_report(out: Path) -> tuple[Path, Path]:
@@ -217,16 +232,24 @@ def _section(result: Mapping[str, Any], out: Path, figures: Path, name: str) -> 
         f"({budget['search_steps']} steps on validation signals)."
         for dataset, budget in result["budgets"].items()
     ]
-    lines += [f"{result['wall_s']} s on {result['machine']}.", ""]
+    parts = [f"{name} {value}" for name, value in result["machine"].items()]
+    lines += [
+        f"The runs of its rows took {result['compute_s']:.0f} s, this command, which uses those "
+        f"it finds, {result['wall_s']:.0f} s; {', '.join(parts)}.", "",
+    ]  # fmt: skip
     lines += [f"- {text}." for text in dict.fromkeys(r["provenance"] for r in rows
                                                       if "provenance" in r)]  # fmt: skip
-    for dataset, (agree, pairs, wrong) in agreement(rows).items():
+    compared = {} if target == "causes" else agreement(rows)  # variants of one method, there
+    for dataset, (agree, pairs, wrong) in compared.items():
         lines.append(f"- {dataset}: {agree} of {pairs} pairs in the paper's order by best value"
                      + (f"; not (~ with overlapping intervals): {', '.join(wrong)}." if wrong
                         else "."))  # fmt: skip
+    lines += [f"- {told}" for told in endings(rows)]
     for (dataset, method), drop in falls(rows).items():
         if drop > 0.2 and row_label(rows, dataset) == "PSNR (dB)":
-            lines.append(f"- {dataset}, {method}: falls {drop:.2f} dB below its running best.")
+            lines.append(
+                f"- {dataset}, {method}: once {drop:.2f} dB below its running best, at any mark."
+            )
     lines.append("")
     if any("curve" in r for r in rows):
         path = figures / f"{name}.png"

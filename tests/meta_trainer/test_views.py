@@ -345,7 +345,8 @@ def test_a_capture_folder_and_the_controls(root: Path, flight: Path, tmp_path: P
     assert tried == {"none", *reproduce.CONTROLS}
     sums = reproduce.reproduce("table7", dataset="matrixcity", root=root, out=tmp_path)["rows"]
     assert sums[-1]["parameters"] == 4 * 698_372
-    assert not reproduce.reproduce("table3", dataset="matrixcity", root=root, out=tmp_path)["rows"]
+    with pytest.raises(ConfigError, match="table3 is for image, video only"):
+        reproduce.reproduce("table3", dataset="matrixcity", root=root, out=tmp_path)
 
 
 def test_meta_training_goes_on_where_it_stopped(root: Path, tmp_path: Path) -> None:
