@@ -12,13 +12,15 @@ import math
 import mimetypes
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mclnf_edge.errors import ConfigError
+from meta_trainer.methods import VARIANTS
 from meta_trainer.runs import SHIPPED, Setting
 
 Row = Mapping[str, Any]
 
+LONGER_MARK = " (to "
 USUAL = dataclasses.asdict(Setting(""))
 
 DISCREPANCIES = (
@@ -81,31 +83,77 @@ def _cell(row: Row, column: str) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+class Pair(NamedTuple):
+    """Two rows of a data set: the paper's difference of their best values, and ours."""
+
+    a: Row
+    b: Row
+    printed: float
+    ours: float
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the two stand in the paper's order."""
+        return self.printed * self.ours > 0
+
+
+def pairs(rows: Sequence[Row], dataset: str) -> list[Pair]:
+    """All pairs of methods that the paper does not print as equal ("Ours" for both variants)."""
+    known = [
+        r for r in rows
+        if r.get("dataset") == dataset and r.get("paper") and r.get("best") is not None
+    ]  # fmt: skip
+    found = [
+        Pair(a, b, a["paper"]["best"] - b["paper"]["best"], a["best"] - b["best"])
+        for a, b in itertools.combinations(known, 2)
+    ]
+    return [pair for pair in found if pair.printed]
+
+
 def agreement(rows: Sequence[Row]) -> dict[str, tuple[int, int, list[str]]]:
     """Per data set: agreeing pairs, pairs, and the pairs whose order (by best) is not the paper's.
 
-    A pair the paper prints as equal ("Ours" for both variants) is not counted. A tilde marks a pair
-    whose intervals over signals overlap.
+    A tilde marks a pair whose intervals over signals overlap.
     """
     found: dict[str, tuple[int, int, list[str]]] = {}
-    for dataset in dict.fromkeys(r["dataset"] for r in rows if "dataset" in r):
-        known = [
-            r for r in rows
-            if r.get("dataset") == dataset and r.get("paper") and r.get("best") is not None
-        ]  # fmt: skip
-        agree, wrong = 0, []
-        for a, b in itertools.combinations(known, 2):
-            printed = a["paper"]["best"] - b["paper"]["best"]
-            if printed == 0:
-                continue
-            if printed * (a["best"] - b["best"]) > 0:
-                agree += 1
-            else:
-                sign = "~" if _overlap(a.get("interval"), b.get("interval")) else "/"
-                wrong.append(f"{a['method']} {sign} {b['method']}")
-        if agree or wrong:
-            found[dataset] = (agree, agree + len(wrong), wrong)
+    for dataset in dict.fromkeys(r["dataset"] for r in rows if r.get("dataset")):
+        compared = pairs(rows, dataset)
+        wrong = [
+            f"{a['method']} {'~' if _overlap(a.get('interval'), b.get('interval')) else '/'} "
+            f"{b['method']}"
+            for a, b, *_ in (pair for pair in compared if not pair.agrees)
+        ]
+        if compared:
+            found[dataset] = (len(compared) - len(wrong), len(compared), wrong)
     return found
+
+
+def explanations(rows: Sequence[Row], tried: Sequence[Row], dataset: str) -> Iterator[str]:
+    """For each pair out of the paper's order, which of the changes of `causes` put it in order.
+
+    A method that ran further is compared with the other one only where that did, too.
+    """
+    further = {r["method"].split(LONGER_MARK)[0]: r for r in tried if LONGER_MARK in r["method"]}
+    changed = [r for r in tried if r["method"] in VARIANTS]
+    for pair in pairs(rows, dataset):
+        if pair.agrees:
+            continue
+        a, b = pair.a["method"], pair.b["method"]
+        differences = [
+            (r["method"], r["best"] - pair.b["best"]) for r in changed if own(r) == a
+        ] + [(r["method"], pair.a["best"] - r["best"]) for r in changed if own(r) == b]
+        if a in further and b in further:
+            steps = further[a]["method"].removeprefix(a)
+            differences.append((f"both{steps}", further[a]["best"] - further[b]["best"]))
+        good = [name for name, difference in differences if pair.printed * difference > 0]
+        count = len(differences)
+        told = f"in order with {' or '.join(good)}" if good else f"not with any of {count} changes"
+        yield f"{a} / {b}: {told}"
+
+
+def own(row: Row) -> str:
+    """The table's method that a row of `causes` reads otherwise."""
+    return VARIANTS[row["method"]].own
 
 
 def _overlap(a: Sequence[float | None] | None, b: Sequence[float | None] | None) -> bool:
@@ -156,9 +204,12 @@ def write_report(out: Path) -> tuple[Path, Path]:
     figures = out / "figures"
     figures.mkdir(exist_ok=True)
     lines = ["# Experiments", ""]
-    for path in paths:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        lines += _section(result, out, figures, path.stem)
+    results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    for stem, result in results.items():
+        lines += _section(result, out, figures, stem)
+        causes = results.get(stem.replace("table1-", "causes-"))
+        if result["target"] == "table1" and causes:
+            lines += _explained(result, causes)
     lines += [*_rates(out / "rates.jsonl"), *_trainings()]
     lines += ["## Discrepancies in the paper", "", *(f"- {d}" for d in DISCREPANCIES), ""]
     markdown = out / "report.md"
@@ -258,6 +309,16 @@ def _section(result: Mapping[str, Any], out: Path, figures: Path, name: str) -> 
     if target in ("fig3", "fig4"):
         lines += _panels(rows, out, figures / f"{name}-panels.jpg")
     return lines
+
+
+def _explained(result: Mapping[str, Any], causes: Mapping[str, Any]) -> list[str]:
+    """Pairs out of the paper's order, and the tried changes that put them in order."""
+    lines = [
+        f"- {text}."
+        for dataset in result["budgets"]
+        for text in explanations(result["rows"], causes["rows"], dataset)
+    ]
+    return ["What was tried for pairs out of the paper's order (`causes`):", "", *lines, ""]
 
 
 def _plot(rows: Sequence[Row], path: Path) -> None:

@@ -21,7 +21,15 @@ from meta_trainer import evaluate, reproduce, runs
 from meta_trainer.config import parse_config
 from meta_trainer.data import DATASETS
 from meta_trainer.methods import STARTS, VARIANTS
-from meta_trainer.report import agreement, as_text, endings, falls, row_label, write_report
+from meta_trainer.report import (
+    agreement,
+    as_text,
+    endings,
+    explanations,
+    falls,
+    row_label,
+    write_report,
+)
 from meta_trainer.reproduce import TARGETS
 from meta_trainer.runs import BUDGETS, Job, Setting
 from meta_trainer.trainer import load_init
@@ -288,6 +296,19 @@ def test_a_diverged_run_has_no_mean() -> None:
     told = evaluate.summary([good, bad], "psnr")
     assert (told["best"], told["best_step"]) == (11.0, 1) and math.isnan(told["last"])
     assert evaluate.summary([good, bad], "pesq")["last"] == 2.0, "a sound without a PESQ"
+
+
+def test_explanations_name_the_changes_that_put_a_pair_in_order() -> None:
+    def row(method: str, best: float, paper: float) -> dict[str, object]:
+        return {"dataset": "d", "method": method, "best": best, "paper": {"best": paper}}
+
+    rows = [row("MOL", 30, 20), row("Ours (mod)", 25, 22), row("ER", 10, 21), row("CL", 1, 1)]
+    tried = [row("MOL (one task's batch)", 24, 0), row("ER (buffer 1/20)", 9, 0),
+             row("MOL (to 32 steps)", 40, 0), row("Ours (mod) (to 32 steps)", 41, 0)]  # fmt: skip
+    assert list(explanations(rows, tried, "d")) == [
+        "MOL / Ours (mod): in order with MOL (one task's batch) or both (to 32 steps)",
+        "MOL / ER: not with any of 2 changes",
+    ]
 
 
 def test_endings_stand_beside_the_papers() -> None:
