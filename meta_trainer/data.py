@@ -157,10 +157,8 @@ def content_digest(path: Path) -> str:
 
 def load_image(path: Path, shape: Shape) -> Signal:
     """Central square, scaled to `side` and zero-padded by `pad` pixels on every edge."""
-    picture = _decode(path)
-    side = min(picture.shape[:2])
-    top, left = (picture.shape[0] - side) // 2, (picture.shape[1] - side) // 2
-    picture = picture[top : top + side, left : left + side]
+    picture = _central(_decode(path))
+    side = len(picture)
     if side != shape.side:
         how = cv2.INTER_AREA if side > shape.side else cv2.INTER_CUBIC
         picture = np.asarray(cv2.resize(picture, (shape.side, shape.side), interpolation=how))
@@ -196,11 +194,21 @@ def sound_seconds(path: Path) -> float:
 
 
 def load_video(path: Path, shape: Shape) -> Signal:
-    """`frames` frames at constant intervals from a frame folder or a clip."""
+    """The central squares of `frames` frames at constant intervals, of a frame folder or a clip."""
     pictures = _folder_frames(path, shape) if path.is_dir() else _clip_frames(path, shape)
     how = cv2.INTER_AREA
-    scaled = [cv2.resize(p, (shape.side, shape.side), interpolation=how) for p in pictures]
+    scaled = [
+        cv2.resize(_central(p), (shape.side, shape.side), interpolation=how) for p in pictures
+    ]
     return np.stack(scaled).astype(np.float32) / 255.0
+
+
+def _central(picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """The largest square in the middle."""
+    height, width = picture.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return picture[top : top + side, left : left + side]
 
 
 def spread(count: int, wanted: int, what: Path) -> list[int]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mclnf_edge.errors import ConfigError
+from meta_trainer.data import DATASETS
 from meta_trainer.methods import VARIANTS
 from meta_trainer.runs import SHIPPED, Setting
 
@@ -276,8 +277,11 @@ def _section(result: Mapping[str, Any], out: Path, figures: Path, name: str) -> 
     target, rows = result["target"], result["rows"]
     lines = [as_text(result), ""]
     lines += [
-        f"{dataset}: steps to {budget['marks'][-1]} per task, {budget['batch'] or 'all'} "
-        f"coordinates per task and step for every method, {budget['seeds']} seeds, "
+        f"{dataset}: networks of width {budget['width']}, modules of {budget['width'] // 2}, "
+        f"steps to {budget['marks'][-1]} per task, {budget['batch'] or 'all'} "
+        f"coordinates per task and step for every method, lambda {USUAL['lam']} where no other is "
+        f"named, {budget['seeds']} seeds, starts learned on "
+        f"{DATASETS[dataset].starts or dataset}, "
         f"{budget['meta_steps']} meta-training steps, step sizes tried: "
         f"{', '.join(map(str, budget['search']))} "
         f"({budget['search_steps']} steps on validation signals)."

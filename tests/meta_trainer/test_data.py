@@ -177,6 +177,15 @@ def test_frames_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     assert [int(f.mean()) for f in held.frames()] == [20 * k for k in range(12)]
 
 
+def test_a_wide_clip_shows_its_middle_undistorted(tmp_path: Path) -> None:
+    wide = np.zeros((100, 200, 3), np.uint8)
+    wide[:, 50:150] = 200
+    for k in range(8):
+        cv2.imwrite(str(tmp_path / f"{k}.png"), wide)
+    (item,) = open_folder(tmp_path, "video")
+    assert np.allclose(item.load(), 200 / 255)
+
+
 def test_a_digest_follows_content(tmp_path: Path) -> None:
     picture(tmp_path / "a" / "1.png", 50, 50)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
