@@ -354,21 +354,30 @@ def row_label(rows: Sequence[Row], dataset: str) -> str:
 
 
 def _panels(rows: Sequence[Row], out: Path, path: Path) -> list[str]:
-    """Truth and each method's reconstructions at every mark, one row per method."""
+    """Truth and each method's reconstructions at every mark with its PSNR in dB, best in bold.
+
+    One row per method.
+    """
     from matplotlib.figure import Figure
     from matplotlib.image import imread
 
     shown = [r for r in rows if r.get("panel") and (out / "panels" / r["panel"]).is_dir()]
     if not shown:
         return []
+    runs = (json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines())
+    own = {run["key"]: run["curve"] for run in runs}
     marks = [*shown[0]["curve"], "truth"]
     figure = Figure(figsize=(1.5 * len(marks), 1.7 * len(shown)), layout="constrained")
     axes = figure.subplots(len(shown), len(marks), squeeze=False)
     for row, line in zip(shown, axes, strict=True):
+        curve = {mark: at["psnr"] for mark, at in own[row["panel"]].items()}
+        best = max(curve, key=lambda mark: curve[mark])
         for mark, axis in zip(marks, line, strict=True):
             axis.imshow(imread(out / "panels" / row["panel"] / f"{mark}.png"))
             axis.set(xticks=[], yticks=[])
-            axis.set_title(f"{row['method']}\n{mark}", fontsize=6)
+            told = f"{mark}: {curve[mark]:.1f}" if mark in curve else mark
+            bold = "bold" if mark == best else "normal"
+            axis.set_title(f"{row['method']}\n{told}", fontsize=6, fontweight=bold)
     figure.savefig(path, dpi=110)
     return [f"![panels]({path.relative_to(out)})", ""]
 
