@@ -385,16 +385,7 @@ def reproduce(
         raise ConfigError(f"unknown budget {budget!r}; known: {', '.join(BUDGETS)}")
     if folder is not None and dataset is None:
         raise ConfigError("--data needs --dataset, which says how its files are cut and compared")
-    known = ORIGINALS if budget == "paper" else STAND_INS
-    names = [dataset] if dataset else list(known)
-    if unknown := [n for n in names if n not in DATASETS]:
-        raise ConfigError(f"unknown data set {unknown[0]!r}; known: {', '.join(DATASETS)}")
-    names = [n for n in names if is_for(target, n)]
-    if not names:
-        raise ConfigError(f"{target} is for {', '.join(KINDS[target])} only, received {dataset}")
-    if target in ("table4", "table5") and dataset is None:
-        names = [n for n in names if DATASETS[n].kind == "views"]
-    names = names[:1] if target in ON_ONE else names
+    names = _datasets(target, dataset, ORIGINALS if budget == "paper" else STAND_INS)
     out.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
     where = folder.resolve() if folder else None
@@ -418,6 +409,19 @@ def reproduce(
     stem += [f"{modules}-modules"] if modules else []
     _free_path(out, "-".join(stem), result).write_text(json.dumps(result, indent=1))
     return result
+
+
+def _datasets(target: str, asked: str | None, usual: Sequence[str]) -> list[str]:
+    """What a target runs on: the data set asked for, else those of the usual ones it is for."""
+    names = [asked] if asked else list(usual)
+    if unknown := [n for n in names if n not in DATASETS]:
+        raise ConfigError(f"unknown data set {unknown[0]!r}; known: {', '.join(DATASETS)}")
+    names = [n for n in names if is_for(target, n)]
+    if not names:
+        raise ConfigError(f"{target} is for {', '.join(KINDS[target])} only, received {asked}")
+    if target in ("table4", "table5"):
+        names.sort(key=lambda n: DATASETS[n].kind != "views")
+    return names[:1] if target in ON_ONE else names
 
 
 def is_for(target: str, dataset: str) -> bool:
