@@ -75,7 +75,7 @@ def reproduce(
     ),
     signals: Annotated[
         int | None,
-        typer.Option(min=1, help="How many signals (default: the budget's; all of a folder)."),
+        typer.Option(min=1, help="How many signals are measured (default: the budget's number)."),
     ] = None,
     modules: Annotated[
         int, typer.Option(min=0, help="Modules of the modular methods; 0: one per task.")

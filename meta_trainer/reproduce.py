@@ -444,7 +444,7 @@ def _tell_counts(job: Job, settings: Sequence[Setting], name: str) -> None:
     for setting in settings:
         count, there = len(test_items(job, setting)), len(test_items(_all(job), setting))
         if count < there:
-            log.info("%s: %d of %d signals are measured", name, count, there)
+            log.info("%s: %d of %d signals are measured (--signals)", name, count, there)
 
 
 def _all(job: Job) -> Job:

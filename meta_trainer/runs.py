@@ -151,9 +151,9 @@ class Setting:
 
 @dataclass(frozen=True)
 class Job:
-    """Where and how much: budget, data root, output folder, number of signals measured, device.
+    """Where and how much: budget, data root, output folder, device.
 
-    `signals` None: the budget's of a data set, all of a folder.
+    `signals` are measured; None: the budget's number.
     """
 
     budget: Budget
@@ -280,8 +280,10 @@ def load_episode(item: Item, setting: Setting, job: Job) -> Episode:
 def test_items(job: Job, setting: Setting) -> list[Item]:
     """The signals that are measured: the first of the test split, or of the given folder."""
     if setting.folder is not None:
-        return open_folder(Path(setting.folder), setting.dataset)[: job.signals]
-    return open_items(setting.dataset, "test", job.root)[: job.signals or job.budget.signals]
+        found = open_folder(Path(setting.folder), setting.dataset)
+    else:
+        found = open_items(setting.dataset, "test", job.root)
+    return found[: job.signals or job.budget.signals]
 
 
 def run_method(
