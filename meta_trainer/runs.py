@@ -84,7 +84,7 @@ grow sixfold within 1,000 steps, and it learns nothing more."""
 
 SHIPPED = Path(__file__).parent / "starts"
 """`<budget>/<name>.pt`: trained by `tools/make_starts.py`, used where their configuration is that
-asked for."""
+asked for. `rates.jsonl`: step sizes chosen with them (those of docs/results), used likewise."""
 
 
 def _doubling(last: int) -> tuple[int, ...]:
@@ -337,12 +337,17 @@ def chosen_rate(
 ) -> tuple[float, dict[str, float]]:
     """This method's step size from the validation signals, and every one's figure.
 
-    Kept in `rates.jsonl`, where step sizes that are asked for later are added to those tried.
+    Kept in `rates.jsonl`, where step sizes that are asked for later are added to those tried; those
+    that the package knows are not tried again.
     """
     alone, budget = replace(setting, folder=None), job.budget
     key = _key(_without(budget, "search", "marks", *_BREADTH), alone, name)
-    held = {line["key"]: line["tried"] for line in _lines(job.out / "rates.jsonl")}
-    tried: dict[str, float] = held.get(key, {})
+    held = {line["key"]: line for line in _lines(job.out / "rates.jsonl")}
+    known = {line["key"]: line for line in _lines(SHIPPED / "rates.jsonl")}
+    if key in known and key not in held:
+        held[key] = known[key]
+        _append(job.out / "rates.jsonl", known[key])
+    tried: dict[str, float] = held[key]["tried"] if key in held else {}
     if missing := [rate for rate in budget.search if f"{rate:g}" not in tried]:
         items = open_items(setting.dataset, "val", job.root)[: budget.search_signals]
         episodes = [load_episode(i, setting, job) for i in items]

@@ -20,7 +20,7 @@ from mclnf_edge.errors import CaptureError, ConfigError
 from meta_trainer import evaluate, reproduce, runs
 from meta_trainer.config import parse_config
 from meta_trainer.data import DATASETS
-from meta_trainer.methods import STARTS, VARIANTS
+from meta_trainer.methods import METHODS, STARTS, VARIANTS
 from meta_trainer.report import (
     agreement,
     as_text,
@@ -255,7 +255,7 @@ def test_cost_is_measured_in_a_process_of_its_own(root: Path, out: Path) -> None
 def test_a_step_size_is_worth_its_psnr_and_nothing_where_it_diverges() -> None:
     from mclnf_edge.maths.fields import Siren
     from meta_trainer.episodes import image_episode
-    from meta_trainer.methods import METHODS, Learning
+    from meta_trainer.methods import Learning
 
     field = Siren(2, 3, 16)
     episode = image_episode("a", np.random.default_rng(0).random((8, 8, 3)))
@@ -319,6 +319,22 @@ def test_endings_stand_beside_the_papers() -> None:
 
     (told,) = endings([row("A", 0.0, 0.1), row("B", 1.0, 0.0), row("C", 0.1, 5.0)])
     assert told.endswith("dB: B by 1.0 (paper 0.0), C by 0.1 (paper 5.0).")
+
+
+def test_known_step_sizes_are_not_tried_again(tmp_path: Path) -> None:
+    """On a machine without any data set: those of the package's starts come with it."""
+    docs = Path(__file__).resolve().parents[2] / "docs" / "results" / "rates.jsonl"
+    assert docs.read_text() == (runs.SHIPPED / "rates.jsonl").read_text()
+    for dataset in ("faces", "photos", "speech", "video", "drone"):
+        job = Job(runs.budget_for("cpu", dataset), tmp_path / "nowhere", tmp_path)
+        for name in METHODS:
+            setting = Setting(dataset)
+            rate, tried = runs.chosen_rate(job, setting, name, runs.make_method(name, setting))
+            assert set(tried) == {f"{r:g}" for r in job.budget.search}
+            assert tried[f"{rate:g}"] == max(tried.values())
+            edges = job.budget.search[0], job.budget.search[-1]
+            assert rate not in edges, f"{dataset}, {name}: the grid ends too early"
+    assert len((tmp_path / "rates.jsonl").read_text().splitlines()) == 50
 
 
 def test_bootstrap_interval_covers_the_mean() -> None:
