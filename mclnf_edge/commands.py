@@ -285,9 +285,10 @@ def _film(
     out: Path,
     rate_hz: float,
 ) -> dict[str, Any]:
-    """A video's moments from A to B as an mp4."""
+    """A video's moments from A to B as an mp4, all of the first one's size."""
     width, height = size or (0, 0)
     first = client.render_signal(time_s=span_s[0], stream=stream, width=width, height=height)
+    width, height = first.width, first.height
     rate = rate_hz or first.rate_hz
     if not rate > 0:
         raise ConfigError(f"--out {out}: this map holds pictures; a film needs a video, or --rate")

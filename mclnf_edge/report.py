@@ -71,16 +71,27 @@ def write_depth(path: Path, depth: npt.NDArray[np.float32]) -> float:
 def write_video(path: Path, pictures: Iterable[RGB], fps: float = 24.0) -> int:
     """Store pictures of one size as an mp4 and return how many; ConfigError when it cannot be.
 
-    An odd width or height loses its last column or row: the codec wants even numbers.
+    An odd width or height loses its last column or row: the codec wants even numbers. The file
+    appears when it is whole.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.stem}.part.mp4")
+    try:
+        count = _encode(part, path, pictures, fps)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return count
+
+
+def _encode(part: Path, path: Path, pictures: Iterable[RGB], fps: float) -> int:
     video, count, size = None, 0, (0, 0)
     try:
         for rgb in pictures:
             height, width = rgb.shape[0] // 2 * 2, rgb.shape[1] // 2 * 2
             if video is None:
                 size = (width, height)
-                video = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), fps, size)
+                video = cv2.VideoWriter(str(part), cv2.VideoWriter.fourcc(*"mp4v"), fps, size)
             if not video.isOpened() or (width, height) != size:
                 raise ConfigError(f"{path}: cannot write {width}x{height} into an mp4 of {size}")
             video.write(cv2.cvtColor(rgb[:height, :width], cv2.COLOR_RGB2BGR))

@@ -43,21 +43,22 @@ def decode_sound(data: bytes, encoding: str, shape: tuple[int, ...]) -> Samples:
 
 
 def read_sound(path: Path) -> tuple[Samples, int]:
-    """(N, channels) samples and their rate in Hz of a PCM WAV or a FLAC file; else CaptureError."""
-    return _read_flac(path) if path.suffix.lower() == ".flac" else _read_wav(path)
+    """(N, channels) samples and their rate in Hz of a WAV or a FLAC file; else CaptureError."""
+    return _read_other(path, "FLAC") if path.suffix.lower() == ".flac" else _read_wav(path)
 
 
-def _read_flac(path: Path) -> tuple[Samples, int]:
+def _read_other(path: Path, what: str) -> tuple[Samples, int]:
+    """FLAC, and WAV of what is not integers."""
     try:
         import soundfile  # the only sounds that need it
     except ImportError as error:
-        raise CaptureError(f"{path}: FLAC needs the package soundfile: {error}") from error
+        raise CaptureError(f"{path}: {what} needs the package soundfile: {error}") from error
     try:
         with soundfile.SoundFile(path) as file:
             told, rate = file.frames, file.samplerate
             samples = file.read(dtype="float32", always_2d=True)
     except (OSError, RuntimeError) as error:
-        raise CaptureError(f"{path}: cannot be read as a FLAC file: {error}") from error
+        raise CaptureError(f"{path}: cannot be read as a {what} file: {error}") from error
     if not 0 < len(samples) == told:
         raise CaptureError(f"{path}: expected {told} samples, received {len(samples)}")
     return samples, rate
@@ -70,6 +71,8 @@ def _read_wav(path: Path) -> tuple[Samples, int]:
             told = file.getnframes() * width * channels
             data = file.readframes(file.getnframes())
     except (OSError, EOFError, wave.Error) as error:
+        if "unknown format" in str(error):
+            return _read_other(path, "WAV without integer samples")
         reason = str(error) or "it ends within its header"
         raise CaptureError(f"{path}: cannot be read as a PCM WAV file: {reason}") from error
     if len(data) != told:

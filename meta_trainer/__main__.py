@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mclnf_edge.errors import MclnfError
+from mclnf_edge.errors import ConfigError, MclnfError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -16,6 +17,8 @@ Root = Annotated[
     Path | None,
     typer.Option(help="Folder of the data sets (default: MCLNF_DATA or ../shared/data)."),
 ]
+
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda; auto takes a CUDA device it finds.")]
 
 
 @app.callback()
@@ -25,13 +28,15 @@ def _commands() -> None:
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Option(help="YAML file, see configs/meta.")], root: Root = None
+    config: Annotated[Path, typer.Option(help="YAML file, see configs/meta.")],
+    root: Root = None,
+    device: Device = "auto",
 ) -> None:
     """Meta-train an initialization; started again it goes on where it stopped."""
     from meta_trainer.config import load_config
     from meta_trainer.trainer import train as run
 
-    typer.echo(run(load_config(config), root))
+    typer.echo(run(load_config(config), root, found_device(device)))
 
 
 @app.command()
@@ -68,15 +73,25 @@ def reproduce(
     out: Annotated[Path, typer.Option(help="Output folder; results in it are used.")] = Path(
         "results"
     ),
+    signals: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many signals are measured (default: the budget's number)."),
+    ] = None,
+    modules: Annotated[
+        int, typer.Option(min=0, help="Modules of the modular methods; 0: one per task.")
+    ] = 0,
+    device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Compute a table or figure of the paper; stopped and started again it goes on."""
+    from meta_trainer.data import DATASETS
     from meta_trainer.report import as_text
-    from meta_trainer.reproduce import TARGETS
+    from meta_trainer.reproduce import TARGETS, is_for
     from meta_trainer.reproduce import reproduce as run
 
-    for name in TARGETS if target == "all" else [target]:
-        result = run(name, budget, dataset, data, root, out)
+    every = [name for name in TARGETS if dataset not in DATASETS or is_for(name, dataset)]
+    for name in every if target == "all" else [target]:
+        result = run(name, budget, dataset, data, root, out, signals, modules, found_device(device))
         typer.echo(json.dumps(result) if as_json else as_text(result))
 
 
@@ -84,15 +99,19 @@ def reproduce(
 def evaluate(
     init: Annotated[Path, typer.Option(help="An init.pt of this package.")],
     data: Annotated[Path | None, typer.Option(help="Plain folder of signals.")] = None,
-    signals: Annotated[int, typer.Option(help="How many signals.")] = 4,
-    steps: Annotated[int, typer.Option(help="Steps per task, measured at powers of two.")] = 64,
-    batch: Annotated[int, typer.Option(help="Coordinates per task and step, 0: all.")] = 0,
+    signals: Annotated[int, typer.Option(min=1, help="How many signals.")] = 4,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Steps per task, measured at powers of two.")
+    ] = 64,
+    batch: Annotated[int, typer.Option(min=0, help="Coordinates per task and step, 0: all.")] = 0,
     root: Root = None,
+    device: Device = "auto",
 ) -> None:
     """Adapt an initialization to held-out signals; prints PSNR per number of steps as JSON."""
     from meta_trainer.trainer import evaluate_init
 
-    typer.echo(json.dumps(evaluate_init(init, data, signals, steps, batch, root), indent=1))
+    found = evaluate_init(init, data, signals, steps, batch, root, found_device(device))
+    typer.echo(json.dumps(found, indent=1))
 
 
 @app.command()
@@ -106,8 +125,18 @@ def report(
         typer.echo(path)
 
 
+def found_device(asked: str) -> str:
+    """What `--device` comes to; ConfigError for another name, DeviceError where there is none."""
+    from mclnf_edge.mapping.engines import choose
+
+    if asked not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"--device: expected auto, cpu or cuda, received {asked!r}")
+    return choose("torch", asked, "planes").device
+
+
 def main() -> None:
     """Run the command line; a named error goes to stderr with exit code 2."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         app()
     except MclnfError as error:

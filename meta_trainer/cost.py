@@ -26,7 +26,9 @@ STEPS = 128
 
 
 def measure_cost(job: Job, setting: Setting, name: str) -> dict[str, Any]:
-    """Parameters, peak memory (MiB, of the whole process), episodes/s at 128 steps per task, PSNR.
+    """Parameters, peak memory (MiB), episodes/s at 128 steps per task, PSNR.
+
+    Memory is the whole process's, on a CUDA device what PyTorch held there.
 
     The smaller of 128 and the budget's last mark is used and reported as `steps`.
     """
@@ -41,10 +43,12 @@ def _measure(job: Job, setting: Setting, name: str, rate: float) -> dict[str, An
     method = make_method(name, setting)
     start = start_params(job, setting, method, 0)
     item = test_items(job, setting)[0]
-    episode = load_episode(item, setting, job.budget)
+    episode = load_episode(item, setting, job)
     how, steps = job.learning(setting, method, rate), min(STEPS, job.budget.marks[-1])
     begun = time.perf_counter()
     (end,) = method.learn(start, episode, [steps], how, torch.Generator().manual_seed(0))
+    if job.device == "cuda":
+        torch.cuda.synchronize()
     seconds = time.perf_counter() - begun
     seen = episode.measured
     got = seen.rebuild(predict(how, method.modules, end, seen))
@@ -52,9 +56,15 @@ def _measure(job: Job, setting: Setting, name: str, rate: float) -> dict[str, An
     return {
         "steps": steps,
         "parameters": count(start) * max(1, method.modules),
-        "memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "memory_mb": _peak_mb(job.device),
         "episodes_per_s": 1 / seconds,
         "psnr": measure(got, truth, item.kind, seen.peak, seen.mask)["psnr"],
         "seeds": 1,
         "n": 1,
     }
+
+
+def _peak_mb(device: str) -> float:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -6,7 +6,9 @@ are captures, which `views` reads. A data set yields `Item`s, which read their f
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from typing import Literal
 import cv2
 import numpy as np
 import numpy.typing as npt
+from scipy.signal import resample_poly
 
 from mclnf_edge.captures.capture import natural_key
 from mclnf_edge.captures.detect import is_capture
@@ -25,7 +28,9 @@ Split = Literal["train", "val", "test"]
 Kind = Literal["image", "audio", "video", "views"]
 Signal = npt.NDArray[np.float32]
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+log = logging.getLogger(__name__)
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 SOUNDS = (".wav", ".flac")
 CLIPS = (".mp4", ".avi", ".mov", ".mkv")
 SAMPLE_RATE_HZ = 16_000
@@ -59,6 +64,11 @@ class Item:
         """Read and cut a picture, video or sound; CaptureError when it is broken or too short."""
         return LOADERS[self.kind](self.path, self.shape)
 
+    @property
+    def digest(self) -> str:
+        """Of what the file or the folder holds, wherever it lies."""
+        return content_digest(self.path)
+
 
 @dataclass(frozen=True)
 class DataSet:
@@ -90,6 +100,8 @@ def default_root() -> Path:
 def open_items(name: str, split: Split, root: Path | None = None) -> list[Item]:
     """The signals of one split of a named data set below `root`, sorted by path.
 
+    Sounds that are too short are left out; a warning counts them.
+
     Raises:
         CaptureError: the data set is unknown, or not there; says where to get it and how to lay it
             out.
@@ -101,27 +113,52 @@ def open_items(name: str, split: Split, root: Path | None = None) -> list[Item]:
     paths = data.paths(base, split) if base.is_dir() else []
     if not paths:
         raise CaptureError(f"{name} ({split}): nothing found at {base}. {data.help}")
-    return [Item(p.stem, p, data.kind, data.shape) for p in sorted(paths)]
+    return _usable(data, paths, base)
 
 
 def open_folder(folder: Path, like: str) -> list[Item]:
     """Signals of a plain folder (pictures, sounds, frame folders or clips), cut as data set `like`.
 
-    Files below `folder` are found at any depth.
+    Files below `folder` are found at any depth; `folder` may be one such file. Sounds that are too
+    short are left out; a warning counts them. Raises CaptureError when nothing is left.
     """
     data = DATASETS[like]
-    paths = FINDERS[data.kind](folder) if folder.is_dir() else []
+    if not folder.exists():
+        raise CaptureError(f"{folder}: no such file or folder")
+    paths = FINDERS[data.kind](folder)
     if not paths:
         raise CaptureError(f"{folder}: expected {data.kind} files for {like}, found none")
-    return [Item(p.stem, p, data.kind, data.shape) for p in sorted(paths)]
+    return _usable(data, paths, folder)
+
+
+def _usable(data: DataSet, paths: Sequence[Path], base: Path) -> list[Item]:
+    """Items of the files that are long enough, sorted by path."""
+    items = [Item(p.stem, p, data.kind, data.shape) for p in sorted(paths)]
+    if data.kind != "audio":
+        return items
+    wanted = data.shape.samples / SAMPLE_RATE_HZ
+    long = [item for item in items if sound_seconds(item.path) >= wanted]
+    if len(long) < len(items):
+        log.warning("%s: %d of %d sounds are shorter than %g s and left out", base,
+                    len(items) - len(long), len(items), wanted)  # fmt: skip
+    if not long:
+        raise CaptureError(f"{base}: expected sounds of at least {wanted:g} s, found none")
+    return long
+
+
+def content_digest(path: Path) -> str:
+    """16 hex digits of a file's bytes, or of the names and bytes of all files below a folder."""
+    found = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+        found.update(file.relative_to(path).as_posix().encode())
+        found.update(hashlib.sha256(file.read_bytes()).digest())
+    return found.hexdigest()[:16]
 
 
 def load_image(path: Path, shape: Shape) -> Signal:
     """Central square, scaled to `side` and zero-padded by `pad` pixels on every edge."""
-    picture = _decode(path)
-    side = min(picture.shape[:2])
-    top, left = (picture.shape[0] - side) // 2, (picture.shape[1] - side) // 2
-    picture = picture[top : top + side, left : left + side]
+    picture = _central(_decode(path))
+    side = len(picture)
     if side != shape.side:
         how = cv2.INTER_AREA if side > shape.side else cv2.INTER_CUBIC
         picture = np.asarray(cv2.resize(picture, (shape.side, shape.side), interpolation=how))
@@ -130,27 +167,48 @@ def load_image(path: Path, shape: Shape) -> Signal:
 
 
 def load_audio(path: Path, shape: Shape) -> Signal:
-    """The middle `samples` samples, mono."""
+    """The middle `samples` samples, mono; sounds of another rate are resampled to 16 kHz."""
     import soundfile  # only audio experiments need it
 
     try:
         sound, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (OSError, RuntimeError) as error:
         raise CaptureError(f"{path}: cannot be read as audio: {error}") from error
+    mono = sound.mean(1)
     if rate != SAMPLE_RATE_HZ:
-        raise CaptureError(f"{path}: expected {SAMPLE_RATE_HZ} Hz, received {rate} Hz")
-    if len(sound) < shape.samples:
-        raise CaptureError(f"{path}: expected {shape.samples} samples, received {len(sound)}")
-    begin = (len(sound) - shape.samples) // 2
-    return np.asarray(sound[begin : begin + shape.samples].mean(1), dtype=np.float32)
+        mono = resample_poly(mono, SAMPLE_RATE_HZ, rate)
+    if len(mono) < shape.samples:
+        raise CaptureError(f"{path}: expected {shape.samples} samples, received {len(mono)}")
+    begin = (len(mono) - shape.samples) // 2
+    return np.asarray(mono[begin : begin + shape.samples], dtype=np.float32)
+
+
+def sound_seconds(path: Path) -> float:
+    """How long a sound is by its header; CaptureError when it is none."""
+    import soundfile
+
+    try:
+        return float(soundfile.info(path).duration)
+    except (OSError, RuntimeError) as error:
+        raise CaptureError(f"{path}: cannot be read as audio: {error}") from error
 
 
 def load_video(path: Path, shape: Shape) -> Signal:
-    """`frames` frames at constant intervals from a frame folder or a clip."""
+    """The central squares of `frames` frames at constant intervals, of a frame folder or a clip."""
     pictures = _folder_frames(path, shape) if path.is_dir() else _clip_frames(path, shape)
     how = cv2.INTER_AREA
-    scaled = [cv2.resize(p, (shape.side, shape.side), interpolation=how) for p in pictures]
+    scaled = [
+        cv2.resize(_central(p), (shape.side, shape.side), interpolation=how) for p in pictures
+    ]
     return np.stack(scaled).astype(np.float32) / 255.0
+
+
+def _central(picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """The largest square in the middle."""
+    height, width = picture.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return picture[top : top + side, left : left + side]
 
 
 def spread(count: int, wanted: int, what: Path) -> list[int]:
@@ -168,7 +226,8 @@ def _decode(path: Path) -> npt.NDArray[np.uint8]:
 
 
 def _folder_frames(path: Path, shape: Shape) -> list[npt.NDArray[np.uint8]]:
-    files = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES)
+    files = [p for p in _files(path, PICTURES) if p.parent == path]
+    files.sort(key=lambda p: natural_key(p.name))
     return [_decode(files[i]) for i in spread(len(files), shape.frames, path)]
 
 
@@ -182,14 +241,14 @@ def _clip_frames(path: Path, shape: Shape) -> list[npt.NDArray[np.uint8]]:
 
 
 def _files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes)
+    """Files at any depth, or `folder` itself where it is one; not hidden ones."""
+    found = [folder] if folder.is_file() else folder.rglob("*")
+    return sorted(p for p in found if p.suffix.lower() in suffixes and p.name[0] != ".")
 
 
 def _clips(folder: Path) -> list[Path]:
     """Clip files, and folders that hold frames."""
-    frames = {p.parent for p in _files(folder, PICTURES)}
+    frames = {p.parent for p in _files(folder, PICTURES) if folder.is_dir()}
     return sorted([*_files(folder, CLIPS), *frames])
 
 
@@ -293,14 +352,24 @@ def _own_test_blocks(base: Path) -> set[str]:
 
 
 def _celeba(base: Path, split: Split) -> list[Path]:
-    """img_align_celeba/*.jpg by list_eval_partition.txt (0 train, 1 val, 2 test)."""
-    folder = base / "img_align_celeba"
-    lists = [base / "list_eval_partition.txt", base / "Eval" / "list_eval_partition.txt"]
+    """img_align_celeba/*.jpg by list_eval_partition.txt (0 train, 1 val, 2 test).
+
+    Also with the authors' folders Img/ and Eval/, one folder deeper, and with a .csv.
+    """
+    inner = base / "img_align_celeba" / "img_align_celeba"
+    folders = [inner, base / "img_align_celeba", base / "Img" / "img_align_celeba"]
+    folder = next((p for p in folders if p.is_dir()), base)
+    lists = [
+        place / f"list_eval_partition{suffix}"
+        for place in (base, base / "Eval")
+        for suffix in (".txt", ".csv")
+    ]
     table = next((p for p in lists if p.is_file()), None)
-    if table is None or not folder.is_dir():
+    if table is None:
         return []
     wanted = {"train": "0", "val": "1", "test": "2"}[split]
-    rows = [line.split() for line in table.read_text().splitlines() if line.strip()]
+    lines = table.read_text().replace(",", " ").splitlines()
+    rows = [line.split() for line in lines if line.strip()]
     return [folder / r[0] for r in rows if r[1] == wanted and (folder / r[0]).is_file()]
 
 
@@ -313,8 +382,13 @@ def _imagenette(base: Path, split: Split) -> list[Path]:
 
 
 def _ffhq(base: Path, split: Split) -> list[Path]:
-    """images*/<thousand>/<number>.png: below 59,000 train, to 60,000 val, the rest test."""
-    known = [p for p in _files(base, PICTURES) if p.stem.isdigit()]
+    """images*/<thousand>/<number>.png: below 59,000 train, to 60,000 val, the rest test.
+
+    Of several resolutions the largest square one: not images in the wild, thumbnails last.
+    """
+    names = ("images1024x1024", "images512x512", "images256x256", "thumbnails128x128")
+    held = next((base / n for n in names if (base / n).is_dir()), base)
+    known = [p for p in _files(held, PICTURES) if p.stem.isdigit()]
     low, high = {"train": (0, 59_000), "val": (59_000, 60_000), "test": (60_000, 70_000)}[split]
     return [p for p in known if low <= int(p.stem) < high]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -41,6 +41,12 @@ class Episode:
     peak: float
     held: Episode | None = None
 
+    def on(self, device: str) -> Episode:
+        """The same with its tensors on a device."""
+        held = self.held.on(device) if self.held else None
+        coords, values = self.coords.to(device), self.values.to(device)
+        return replace(self, coords=coords, values=values, order=self.order.to(device), held=held)
+
     @property
     def tasks(self) -> int:
         """T."""
@@ -55,7 +61,7 @@ class Episode:
     def mask(self) -> npt.NDArray[np.bool_]:
         """Places of the signal, without channels, that some sample belongs to."""
         known = torch.zeros(self._places + 1, dtype=torch.bool)
-        known[self.order.reshape(-1)] = True
+        known[self.order.reshape(-1).cpu()] = True
         return known[:-1].reshape(self.shape[: self._axes]).numpy()
 
     def task_values(self, values: Tensor, task: int) -> Signal:

@@ -6,7 +6,6 @@ import importlib.util
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +37,8 @@ def run_signal(
 ) -> dict[str, Any]:
     """Learn an episode and measure it at every mark.
 
-    Returns `curve` (mark -> {"psnr": dB, "ssim" or "pesq": value}), `tasks` (quality on task j
-    after task i, dB, at the last mark), `forgetting` and `transfer` per task, and `seconds`. With
+    Returns `curve` (mark -> {"psnr": dB, "ssim" or "pesq": value}), `quality` (of task j after task
+    i, dB, at the last mark), `forgetting` and `transfer` per task, and `seconds`. With
     `panels` the reconstructions are written there as "<mark>.png" beside "truth.png".
     """
     begun = time.monotonic()
@@ -66,11 +65,16 @@ def run_signal(
         write_panel(panels / "truth.png", truth)
     return {
         "curve": {str(k): v for k, v in curve.items()},
-        "tasks": [[None if math.isnan(q) else q for q in row] for row in quality],
-        "forgetting": forgetting(quality).tolist(),
-        "transfer": backward_transfer(quality).tolist(),
+        "quality": [_known_or_none(row) for row in quality],
+        "forgetting": _known_or_none(forgetting(quality)),
+        "transfer": _known_or_none(backward_transfer(quality)),
         "seconds": time.monotonic() - begun,
     }
+
+
+def _known_or_none(values: npt.NDArray[np.float64]) -> list[float | None]:
+    """JSON has no NaN."""
+    return [None if math.isnan(v) else float(v) for v in values]
 
 
 def measure(
@@ -126,35 +130,26 @@ def has_pesq() -> bool:
     return importlib.util.find_spec("pesq") is not None
 
 
-def try_rates(
+def try_rate(
     method: Method,
     start: Params,
     episodes: Sequence[Episode],
     how: Learning,
-    rates: Sequence[float],
     steps: int,
     seed: int,
-) -> dict[str, float]:
-    """Mean PSNR (dB) after `steps` steps of each step size, under its name in `%g`.
-
-    A rate that diverges (PSNR not finite) counts as -inf. The same budget for every method.
-    """
-    table: dict[str, float] = {}
-    for rate in rates:
-        found = []
-        for episode in episodes:
-            (end,) = method.learn(
-                start, episode, [steps], replace(how, rates=rate),
-                torch.Generator().manual_seed(seed),
-            )  # fmt: skip
-            seen = episode.measured
-            got, true = (
-                seen.rebuild(v) for v in (predict(how, method.modules, end, seen), seen.values)
-            )
-            found.append(psnr(got, true, seen.mask, seen.peak))
-        mean = float(np.mean(found))
-        table[f"{rate:g}"] = mean if math.isfinite(mean) else -math.inf
-    return table
+) -> float:
+    """Mean PSNR (dB) over episodes after `steps` steps; -inf where one diverged (not finite)."""
+    found = []
+    for episode in episodes:
+        generator = torch.Generator().manual_seed(seed)
+        (end,) = method.learn(start, episode, [steps], how, generator)
+        seen = episode.measured
+        got, true = (
+            seen.rebuild(v) for v in (predict(how, method.modules, end, seen), seen.values)
+        )
+        found.append(psnr(got, true, seen.mask, seen.peak))
+    mean = float(np.mean(found))
+    return mean if math.isfinite(mean) else -math.inf
 
 
 def write_panel(path: Path, picture: Signal) -> None:
@@ -167,9 +162,13 @@ def write_panel(path: Path, picture: Signal) -> None:
 
 
 def summary(curves: Sequence[Mapping[str, Mapping[str, float]]], metric: str) -> dict[str, Any]:
-    """Mean over runs at each mark: `step1`, `best`, `best_step`, `last` and the whole `curve`."""
+    """Mean over runs at each mark: `step1`, `best`, `best_step`, `last` and the whole `curve`.
+
+    A mark at which a run had diverged has no mean; a PESQ that has no value is left out.
+    """
     marks = sorted({int(k) for c in curves for k in c})
-    means = {k: mean_known([c[str(k)][metric] for c in curves]) for k in marks}
+    mean = mean_known if metric == "pesq" else np.mean
+    means = {k: float(mean([c[str(k)][metric] for c in curves])) for k in marks}
     best = max(marks, key=lambda k: means[k] if math.isfinite(means[k]) else -math.inf)
     return {
         "step1": means[marks[0]],
@@ -190,7 +189,7 @@ def bootstrap(values: Sequence[float], draws: int = 2000) -> tuple[float, float]
     return float(low), float(high)
 
 
-def mean_known(values: Sequence[float]) -> float:
-    """Mean without NaN, which is NaN where nothing is known."""
-    known = [v for v in values if not math.isnan(v)]
+def mean_known(values: Sequence[float | None]) -> float:
+    """Mean without NaN and None, which is NaN where nothing is known."""
+    known = [v for v in values if v is not None and not math.isnan(v)]
     return float(np.mean(known)) if known else math.nan

@@ -12,13 +12,16 @@ import math
 import mimetypes
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mclnf_edge.errors import ConfigError
+from meta_trainer.data import DATASETS
+from meta_trainer.methods import VARIANTS
 from meta_trainer.runs import SHIPPED, Setting
 
 Row = Mapping[str, Any]
 
+LONGER_MARK = " (to "
 USUAL = dataclasses.asdict(Setting(""))
 
 DISCREPANCIES = (
@@ -44,7 +47,7 @@ def as_text(result: Mapping[str, Any]) -> str:
     """A result as a Markdown table."""
     datasets = dict.fromkeys(r["dataset"] for r in result["rows"] if "dataset" in r)
     names = dict.fromkeys(budget["name"] for budget in result["budgets"].values())
-    about = ", ".join([*names, *datasets])
+    about = ", ".join([*names, *filter(None, datasets), *filter(None, [result.get("folder")])])
     return "\n".join([f"## {result['target']} ({about})", "", *_table(result)])
 
 
@@ -61,10 +64,10 @@ def _columns(rows: Sequence[Row]) -> list[str]:
     """Columns that some row has, our figure followed by the paper's."""
     order = (
         "dataset", "method", "lam", "width", "tasks", "metric", "step1", "best", "best_step",
-        "last", "parameters", "memory_mb", "episodes_per_s", "psnr", "interval", "forgetting",
-        "transfer", "rate", "seeds", "n",
+        "last", "parameters", "memory_mb", "episodes_per_s", "psnr", "interval", "seed_std",
+        "forgetting", "transfer", "rate", "seeds", "n",
     )  # fmt: skip
-    found = [c for c in order if any(c in row for row in rows)]
+    found = [c for c in order if any(row.get(c) is not None for row in rows)]
     papered = {k for row in rows for k in (row.get("paper") or {})}
     return [x for c in found for x in ([c, f"{c} (paper)"] if c in papered else [c])]
 
@@ -81,31 +84,77 @@ def _cell(row: Row, column: str) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+class Pair(NamedTuple):
+    """Two rows of a data set: the paper's difference of their best values, and ours."""
+
+    a: Row
+    b: Row
+    printed: float
+    ours: float
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the two stand in the paper's order."""
+        return self.printed * self.ours > 0
+
+
+def pairs(rows: Sequence[Row], dataset: str) -> list[Pair]:
+    """All pairs of methods that the paper does not print as equal ("Ours" for both variants)."""
+    known = [
+        r for r in rows
+        if r.get("dataset") == dataset and r.get("paper") and r.get("best") is not None
+    ]  # fmt: skip
+    found = [
+        Pair(a, b, a["paper"]["best"] - b["paper"]["best"], a["best"] - b["best"])
+        for a, b in itertools.combinations(known, 2)
+    ]
+    return [pair for pair in found if pair.printed]
+
+
 def agreement(rows: Sequence[Row]) -> dict[str, tuple[int, int, list[str]]]:
     """Per data set: agreeing pairs, pairs, and the pairs whose order (by best) is not the paper's.
 
-    A pair the paper prints as equal ("Ours" for both variants) is not counted. A tilde marks a pair
-    whose intervals over signals overlap.
+    A tilde marks a pair whose intervals over signals overlap.
     """
     found: dict[str, tuple[int, int, list[str]]] = {}
-    for dataset in dict.fromkeys(r["dataset"] for r in rows if "dataset" in r):
-        known = [
-            r for r in rows
-            if r.get("dataset") == dataset and r.get("paper") and r.get("best") is not None
-        ]  # fmt: skip
-        agree, wrong = 0, []
-        for a, b in itertools.combinations(known, 2):
-            printed = a["paper"]["best"] - b["paper"]["best"]
-            if printed == 0:
-                continue
-            if printed * (a["best"] - b["best"]) > 0:
-                agree += 1
-            else:
-                sign = "~" if _overlap(a.get("interval"), b.get("interval")) else "/"
-                wrong.append(f"{a['method']} {sign} {b['method']}")
-        if agree or wrong:
-            found[dataset] = (agree, agree + len(wrong), wrong)
+    for dataset in dict.fromkeys(r["dataset"] for r in rows if r.get("dataset")):
+        compared = pairs(rows, dataset)
+        wrong = [
+            f"{a['method']} {'~' if _overlap(a.get('interval'), b.get('interval')) else '/'} "
+            f"{b['method']}"
+            for a, b, *_ in (pair for pair in compared if not pair.agrees)
+        ]
+        if compared:
+            found[dataset] = (len(compared) - len(wrong), len(compared), wrong)
     return found
+
+
+def explanations(rows: Sequence[Row], tried: Sequence[Row], dataset: str) -> Iterator[str]:
+    """For each pair out of the paper's order, which of the changes of `causes` put it in order.
+
+    A method that ran further is compared with the other one only where that did, too.
+    """
+    further = {r["method"].split(LONGER_MARK)[0]: r for r in tried if LONGER_MARK in r["method"]}
+    changed = [r for r in tried if r["method"] in VARIANTS]
+    for pair in pairs(rows, dataset):
+        if pair.agrees:
+            continue
+        a, b = pair.a["method"], pair.b["method"]
+        differences = [
+            (r["method"], r["best"] - pair.b["best"]) for r in changed if own(r) == a
+        ] + [(r["method"], pair.a["best"] - r["best"]) for r in changed if own(r) == b]
+        if a in further and b in further:
+            steps = further[a]["method"].removeprefix(a)
+            differences.append((f"both{steps}", further[a]["best"] - further[b]["best"]))
+        good = [name for name, difference in differences if pair.printed * difference > 0]
+        count = len(differences)
+        told = f"in order with {' or '.join(good)}" if good else f"not with any of {count} changes"
+        yield f"{a} / {b}: {told}"
+
+
+def own(row: Row) -> str:
+    """The table's method that a row of `causes` reads otherwise."""
+    return VARIANTS[row["method"]].own
 
 
 def _overlap(a: Sequence[float | None] | None, b: Sequence[float | None] | None) -> bool:
@@ -129,6 +178,21 @@ def falls(rows: Sequence[Row]) -> dict[tuple[str, str], float]:
     return drops
 
 
+def endings(rows: Sequence[Row]) -> Iterator[str]:
+    """Per data set, which methods end more than 0.2 dB below their best, beside the paper's."""
+    known = [r for r in rows if r["metric"] == "psnr" and r.get("paper") and r.get("last")]
+    for dataset in dict.fromkeys(r["dataset"] for r in known):
+        here = [r for r in known if r["dataset"] == dataset]
+        ours = {r["method"]: r["best"] - r["last"] for r in here}
+        printed = {r["method"]: r["paper"]["best"] - r["paper"]["last"] for r in here}
+        told = [
+            f"{name} by {ours[name]:.1f} (paper {printed[name]:.1f})"
+            for name in ours
+            if max(ours[name], printed[name]) > 0.2
+        ]
+        yield f"{dataset}: at the last step below their best, dB: {', '.join(told) or 'none'}."
+
+
 def write_report(out: Path) -> tuple[Path, Path]:
     """`report.md` and `report.html` from the result files in `out`; figures inside the HTML.
 
@@ -141,9 +205,12 @@ def write_report(out: Path) -> tuple[Path, Path]:
     figures = out / "figures"
     figures.mkdir(exist_ok=True)
     lines = ["# Experiments", ""]
-    for path in paths:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        lines += _section(result, out, figures, path.stem)
+    results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    for stem, result in results.items():
+        lines += _section(result, out, figures, stem)
+        causes = results.get(stem.replace("table1-", "causes-"))
+        if result["target"] == "table1" and causes:
+            lines += _explained(result, causes)
     lines += [*_rates(out / "rates.jsonl"), *_trainings()]
     lines += ["## Discrepancies in the paper", "", *(f"- {d}" for d in DISCREPANCIES), ""]
     markdown = out / "report.md"
@@ -210,23 +277,34 @@ def _section(result: Mapping[str, Any], out: Path, figures: Path, name: str) -> 
     target, rows = result["target"], result["rows"]
     lines = [as_text(result), ""]
     lines += [
-        f"{dataset}: steps to {budget['marks'][-1]} per task, {budget['batch'] or 'all'} "
-        f"coordinates per task and step for every method, {budget['seeds']} seeds, "
+        f"{dataset}: networks of width {budget['width']}, modules of {budget['width'] // 2}, "
+        f"steps to {budget['marks'][-1]} per task, {budget['batch'] or 'all'} "
+        f"coordinates per task and step for every method, lambda {USUAL['lam']} where no other is "
+        f"named, {budget['seeds']} seeds, starts learned on "
+        f"{DATASETS[dataset].starts or dataset}, "
         f"{budget['meta_steps']} meta-training steps, step sizes tried: "
         f"{', '.join(map(str, budget['search']))} "
         f"({budget['search_steps']} steps on validation signals)."
         for dataset, budget in result["budgets"].items()
     ]
-    lines += [f"{result['wall_s']} s on {result['machine']}.", ""]
+    parts = [f"{name} {value}" for name, value in result["machine"].items()]
+    lines += [
+        f"The runs of its rows took {result['compute_s']:.0f} s, this command, which uses those "
+        f"it finds, {result['wall_s']:.0f} s; {', '.join(parts)}.", "",
+    ]  # fmt: skip
     lines += [f"- {text}." for text in dict.fromkeys(r["provenance"] for r in rows
                                                       if "provenance" in r)]  # fmt: skip
-    for dataset, (agree, pairs, wrong) in agreement(rows).items():
+    compared = {} if target == "causes" else agreement(rows)  # variants of one method, there
+    for dataset, (agree, pairs, wrong) in compared.items():
         lines.append(f"- {dataset}: {agree} of {pairs} pairs in the paper's order by best value"
                      + (f"; not (~ with overlapping intervals): {', '.join(wrong)}." if wrong
                         else "."))  # fmt: skip
+    lines += [f"- {told}" for told in endings(rows)]
     for (dataset, method), drop in falls(rows).items():
         if drop > 0.2 and row_label(rows, dataset) == "PSNR (dB)":
-            lines.append(f"- {dataset}, {method}: falls {drop:.2f} dB below its running best.")
+            lines.append(
+                f"- {dataset}, {method}: once {drop:.2f} dB below its running best, at any mark."
+            )
     lines.append("")
     if any("curve" in r for r in rows):
         path = figures / f"{name}.png"
@@ -235,6 +313,16 @@ def _section(result: Mapping[str, Any], out: Path, figures: Path, name: str) -> 
     if target in ("fig3", "fig4"):
         lines += _panels(rows, out, figures / f"{name}-panels.jpg")
     return lines
+
+
+def _explained(result: Mapping[str, Any], causes: Mapping[str, Any]) -> list[str]:
+    """Pairs out of the paper's order, and the tried changes that put them in order."""
+    lines = [
+        f"- {text}."
+        for dataset in result["budgets"]
+        for text in explanations(result["rows"], causes["rows"], dataset)
+    ]
+    return ["What was tried for pairs out of the paper's order (`causes`):", "", *lines, ""]
 
 
 def _plot(rows: Sequence[Row], path: Path) -> None:
@@ -266,21 +354,30 @@ def row_label(rows: Sequence[Row], dataset: str) -> str:
 
 
 def _panels(rows: Sequence[Row], out: Path, path: Path) -> list[str]:
-    """Truth and each method's reconstructions at every mark, one row per method."""
+    """Truth and each method's reconstructions at every mark with its PSNR in dB, best in bold.
+
+    One row per method.
+    """
     from matplotlib.figure import Figure
     from matplotlib.image import imread
 
     shown = [r for r in rows if r.get("panel") and (out / "panels" / r["panel"]).is_dir()]
     if not shown:
         return []
+    runs = (json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines())
+    own = {run["key"]: run["curve"] for run in runs}
     marks = [*shown[0]["curve"], "truth"]
     figure = Figure(figsize=(1.5 * len(marks), 1.7 * len(shown)), layout="constrained")
     axes = figure.subplots(len(shown), len(marks), squeeze=False)
     for row, line in zip(shown, axes, strict=True):
+        curve = {mark: at["psnr"] for mark, at in own[row["panel"]].items()}
+        best = max(curve, key=lambda mark: curve[mark])
         for mark, axis in zip(marks, line, strict=True):
             axis.imshow(imread(out / "panels" / row["panel"] / f"{mark}.png"))
             axis.set(xticks=[], yticks=[])
-            axis.set_title(f"{row['method']}\n{mark}", fontsize=6)
+            told = f"{mark}: {curve[mark]:.1f}" if mark in curve else mark
+            bold = "bold" if mark == best else "normal"
+            axis.set_title(f"{row['method']}\n{told}", fontsize=6, fontweight=bold)
     figure.savefig(path, dpi=110)
     return [f"![panels]({path.relative_to(out)})", ""]
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import logging
 import math
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -25,7 +28,7 @@ from mclnf_edge.errors import ConfigError
 from mclnf_edge.maths.adaptation import Weighting
 from mclnf_edge.maths.fields import NerfMlp, Siren, count, plain_count
 from meta_trainer.cost import measure_cost
-from meta_trainer.data import DATASETS, open_items
+from meta_trainer.data import DATASETS, Kind, open_items
 from meta_trainer.episodes import Cut
 from meta_trainer.evaluate import (
     PERCEPTUAL,
@@ -45,15 +48,23 @@ from meta_trainer.runs import (
     chosen_rate,
     make_method,
     run_method,
+    test_items,
 )
 from meta_trainer.views import BOUNDS
 
-STAND_INS = ("faces", "photos", "speech", "video")
-ORIGINALS = ("celeba", "imagenette", "ffhq", "librispeech1", "librispeech3", "voxceleb2")
+log = logging.getLogger(__name__)
+
+STAND_INS = ("faces", "photos", "speech", "video", "drone")
+ORIGINALS = (
+    "celeba", "imagenette", "ffhq", "librispeech1", "librispeech3", "voxceleb2", "matrixcity"
+)  # fmt: skip
 PAPER_BLOCKS = {"big_high_block_5": "matrixcity-b5", "big_high_block_6": "matrixcity-b6"}
 """MatrixCity's meta-test blocks, most likely those the paper calls B5 and B6."""
 
 OURS = ("Ours (mod)", "Ours (MIM)")
+
+KEYS = ("method", "dataset", "metric", "step1", "best", "best_step", "last", "seeds", "n", "paper")
+"""Every row of every target has these; null where a row has no such figure."""
 
 
 def make_row(
@@ -91,6 +102,7 @@ def make_row(
         "n": len(signals),
         "seed_std": float(np.std(per_seed)),
         "interval": bootstrap(per_signal),
+        "compute_s": sum(r["seconds"] for r in records),
         "forgetting": mean_known([mean_known(r["forgetting"]) for r in records]),
         "transfer": mean_known([mean_known(r["transfer"]) for r in records]),
         "rate": records[0]["rate"],
@@ -129,19 +141,25 @@ def provenance(job: Job) -> dict[str, str]:
     if not isinstance(budget, ViewBudget):
         return {}
     held = f"{budget.held or 'all'} held-out views"
+    order = "first-order, with the comparison's steps" if budget.stepping == "adam" else "MAML"
     return {
         "provenance": f"{held} of each block, {budget.view_width} pixels across, "
-        f"{budget.ray_samples} samples per ray; {BOUNDS}"
+        f"{budget.ray_samples} samples per ray; meta-training {order}; {BOUNDS}"
     }
 
 
 def compare(
     job: Job, settings: Sequence[Setting], table: str, metric: str, pictures: bool = False
 ) -> Iterator[Any]:
-    """Rows of tables 1 to 3: every method on every data set."""
-    for setting in settings:
+    """Rows of tables 1 to 3: every method on every data set.
+
+    Metric "perceptual" is that of the data set's kind, "both" the PSNR and then that.
+    """
+    for setting, asked in product(
+        settings, ("psnr", "perceptual") if metric == "both" else (metric,)
+    ):
         like = paper_dataset(setting)
-        own = PERCEPTUAL[DATASETS[setting.dataset].kind] if metric == "perceptual" else metric
+        own = PERCEPTUAL[DATASETS[setting.dataset].kind] if asked == "perceptual" else asked
         for name in METHODS:
             paper = paper_row(table, own, like, name)
             yield make_row(job, setting, name, own, paper, pictures)
@@ -172,12 +190,8 @@ def _plain(
     table: str, metric: str, cut: Cut = "strips", pictures: bool = False
 ) -> Callable[[Job, list[Setting]], Any]:
     return lambda job, settings: compare(
-        job, [replace(s, cut=cut) for s in settings if _fits(s, cut)], table, metric, pictures
+        job, [replace(s, cut=cut) for s in settings], table, metric, pictures
     )
-
-
-def _fits(setting: Setting, cut: Cut) -> bool:
-    return cut == "strips" or DATASETS[setting.dataset].kind in ("image", "video")
 
 
 def paper_curve(table: str, setting: Setting, key: str) -> dict[str, Any] | None:
@@ -322,7 +336,7 @@ TARGETS: dict[str, Callable[[Job, list[Setting]], Iterator[Any]]] = {
     "causes": causes,
     "table1": _plain("table1", "psnr"),
     "table2": _plain("table2", "perceptual"),
-    "table3": _plain("table3", "psnr", "interleaved"),
+    "table3": _plain("table3", "both", "interleaved"),
     "table4": table4,
     "table5": table5,
     "table6": table6,
@@ -330,15 +344,18 @@ TARGETS: dict[str, Callable[[Job, list[Setting]], Iterator[Any]]] = {
     "fig2": _plain("table1", "psnr"),
     "fig3": _plain("table1", "psnr", pictures=True),
     "fig4": lambda job, settings: (
-        make_row(job, s, name, "psnr", None, pictures=True)
-        for s in settings
-        if DATASETS[s.dataset].kind != "audio"
-        for name in OURS
+        make_row(job, s, name, "psnr", None, pictures=True) for s in settings for name in OURS
     ),
 }
 
 ON_ONE = ("controls", "causes", "table4", "table5", "table6", "table7")
-"""Targets about one data set, the first where none is named."""
+"""Targets about one data set, where none is named the first, or of the paper's kind."""
+
+KINDS: dict[str, tuple[Kind, ...]] = {
+    "table3": ("image", "video"),
+    "fig4": ("image", "video", "views"),
+}
+"""Targets that are not for every kind of signal."""
 
 
 def reproduce(
@@ -348,13 +365,18 @@ def reproduce(
     folder: Path | None = None,
     root: Path | None = None,
     out: Path = Path("results"),
+    signals: int | None = None,
+    modules: int = 0,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Compute one table or figure; returns and writes `<out>/<target>-<budget>.json`.
 
-    One data set's, or a folder's, has its name behind the budget's.
+    One data set's, or a folder's, has its name behind the budget's; two folders of one name that
+    lie in different places are told apart by digits behind it.
 
     Raises:
-        ConfigError: an unknown target, budget or data set, or `folder` without `dataset`.
+        ConfigError: an unknown target, budget or data set, one that the target is not for, or
+            `folder` without `dataset`.
         CaptureError: a data set that is not there.
     """
     if target not in TARGETS:
@@ -363,47 +385,99 @@ def reproduce(
         raise ConfigError(f"unknown budget {budget!r}; known: {', '.join(BUDGETS)}")
     if folder is not None and dataset is None:
         raise ConfigError("--data needs --dataset, which says how its files are cut and compared")
-    names = (dataset,) if dataset else ORIGINALS if budget == "paper" else STAND_INS
-    if unknown := [n for n in names if n not in DATASETS]:
-        raise ConfigError(f"unknown data set {unknown[0]!r}; known: {', '.join(DATASETS)}")
-    names = names[:1] if target in ON_ONE else names
+    names = _datasets(target, dataset, ORIGINALS if budget == "paper" else STAND_INS)
     out.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
-    where = str(folder.resolve()) if folder else None
-    jobs = {n: Job(budget_for(budget, n), root, out) for n in names}
-    parts = (TARGETS[target](job, _settings(n, where, root)) for n, job in jobs.items())
+    where = folder.resolve() if folder else None
+    jobs = {n: Job(budget_for(budget, n), root, out, signals, device) for n in names}
+    found = {n: _settings(n, where, root, modules) for n in names}
+    for n, settings in found.items():
+        _tell_counts(jobs[n], settings, n)
+    parts = (TARGETS[target](job, found[n]) for n, job in jobs.items())
     rows = list(tqdm(chain.from_iterable(parts), unit="row"))
+    took = sum(row.pop("compute_s", 0.0) for row in rows)  # apart: rows repeat themselves exactly
     result = {
         "target": target,
+        "folder": str(where) if where else None,
         "budgets": {name: dataclasses.asdict(job.budget) for name, job in jobs.items()},
-        "rows": _finite(rows),
-        "machine": machine(),
+        "rows": _finite([dict.fromkeys(KEYS) | row for row in rows]),
+        "machine": machine() | ({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}),
+        "compute_s": round(took, 1),
         "wall_s": round(time.monotonic() - begun, 1),
     }
-    stem = [target, budget, *([dataset] if dataset else []), *([folder.name] if folder else [])]
-    (out / f"{'-'.join(stem)}.json").write_text(json.dumps(result, indent=1))
+    stem = [target, budget, *([dataset] if dataset else []), *([where.name] if where else [])]
+    stem += [f"{modules}-modules"] if modules else []
+    _free_path(out, "-".join(stem), result).write_text(json.dumps(result, indent=1))
     return result
 
 
-def _settings(dataset: str, folder: str | None, root: Path | None) -> list[Setting]:
+def _datasets(target: str, asked: str | None, usual: Sequence[str]) -> list[str]:
+    """What a target runs on: the data set asked for, else those of the usual ones it is for."""
+    names = [asked] if asked else list(usual)
+    if unknown := [n for n in names if n not in DATASETS]:
+        raise ConfigError(f"unknown data set {unknown[0]!r}; known: {', '.join(DATASETS)}")
+    names = [n for n in names if is_for(target, n)]
+    if not names:
+        raise ConfigError(f"{target} is for {', '.join(KINDS[target])} only, received {asked}")
+    if target in ("table4", "table5"):
+        names.sort(key=lambda n: DATASETS[n].kind != "views")
+    return names[:1] if target in ON_ONE else names
+
+
+def is_for(target: str, dataset: str) -> bool:
+    """Whether a target is for signals of a data set's kind."""
+    return DATASETS[dataset].kind in KINDS.get(target, get_args(Kind))
+
+
+def _free_path(out: Path, stem: str, result: dict[str, Any]) -> Path:
+    """`<out>/<stem>.json`, with digits of the folder behind it where that holds another one's."""
+    path = out / f"{stem}.json"
+    before = json.loads(path.read_text()).get("folder") if path.is_file() else None
+    if before in (None, result["folder"]):
+        return path
+    digits = hashlib.sha256(str(result["folder"]).encode()).hexdigest()[:6]
+    return out / f"{stem}-{digits}.json"
+
+
+def _tell_counts(job: Job, settings: Sequence[Setting], name: str) -> None:
+    """Say how many of a data set's signals are measured, where that is not all."""
+    for setting in settings:
+        count, there = len(test_items(job, setting)), len(test_items(_all(job), setting))
+        if count < there:
+            log.info("%s: %d of %d signals are measured (--signals)", name, count, there)
+
+
+def _all(job: Job) -> Job:
+    return replace(job, signals=sys.maxsize)
+
+
+def _settings(dataset: str, folder: Path | None, root: Path | None, modules: int) -> list[Setting]:
     """One setting, or one for each of MatrixCity's blocks 5 and 6, which the paper lists apart."""
     if dataset == "matrixcity" and folder is None:
         blocks = [i.path for i in open_items(dataset, "test", root) if i.path.name in PAPER_BLOCKS]
         if blocks:
-            return [Setting(dataset, str(path.resolve())) for path in blocks]
-    return [Setting(dataset, folder)]
+            return [Setting(dataset, str(p.resolve()), modules=modules) for p in blocks]
+    return [Setting(dataset, str(folder) if folder else None, modules=modules)]
 
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     return {
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "mclnf_edge": __version__,
     }
+
+
+def cpu_name() -> str:
+    """The processor's model where the system tells it, else its architecture."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.is_file() else []
+    models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())
 
 
 def _finite(value: Any) -> Any:

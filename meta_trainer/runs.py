@@ -21,9 +21,9 @@ from mclnf_edge.mapping.initialization import SHAPES
 from mclnf_edge.maths.adaptation import Rule, Stepping, Weighting
 from mclnf_edge.maths.fields import NerfMlp, Params, Siren
 from meta_trainer.config import TrainConfig, parse_config
-from meta_trainer.data import DATASETS, Item, open_folder, open_items
+from meta_trainer.data import DATASETS, SAMPLE_RATE_HZ, Item, open_folder, open_items
 from meta_trainer.episodes import Cut, Episode
-from meta_trainer.evaluate import run_signal, try_rates
+from meta_trainer.evaluate import run_signal, try_rate
 from meta_trainer.methods import METHODS, VARIANTS, Learning, Method
 from meta_trainer.ray_field import RayField, rows_of
 from meta_trainer.signals import cut_item
@@ -84,7 +84,7 @@ grow sixfold within 1,000 steps, and it learns nothing more."""
 
 SHIPPED = Path(__file__).parent / "starts"
 """`<budget>/<name>.pt`: trained by `tools/make_starts.py`, used where their configuration is that
-asked for."""
+asked for. `rates.jsonl`: step sizes chosen with them (those of docs/results), used likewise."""
 
 
 def _doubling(last: int) -> tuple[int, ...]:
@@ -111,7 +111,7 @@ SOUND_BUDGETS = {
                     outer_rate=1e-5),
     )
 }  # fmt: skip
-_VIEW_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+_VIEW_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 VIEW_BUDGETS = {
     b.name: b
     for b in (
@@ -120,7 +120,7 @@ VIEW_BUDGETS = {
         ViewBudget("cpu", _doubling(512), 3, 2, 64, 64, 1500, 64, _VIEW_RATES, 1, 64,
                    view_width=96, ray_samples=16, rays=2**15, held=0),
         ViewBudget("paper", _doubling(1024), 3, 100, 256, 512, 500_000, 256,
-                   _VIEW_RATES, 2, 256, outer_rate=1e-4),
+                   _VIEW_RATES[:-1], 2, 256, outer_rate=1e-4),
     )
 }  # fmt: skip
 
@@ -135,13 +135,15 @@ def budget_for(name: str, dataset: str) -> Budget:
 class Setting:
     """What is compared on which signals; part of every run's key.
 
-    `weighting` and `lam` replace the method's own sample weights while it adapts.
+    `weighting` and `lam` replace the method's own sample weights while it adapts. Modular methods
+    have `modules` of them; 0: one per task.
     """
 
     dataset: str
     folder: str | None = None
     cut: Cut = "strips"
     tasks: int = 4
+    modules: int = 0
     widen: int = 1
     weighting: Weighting | None = None
     lam: float = 0.1
@@ -149,11 +151,16 @@ class Setting:
 
 @dataclass(frozen=True)
 class Job:
-    """Where and how much: budget, data root, output folder."""
+    """Where and how much: budget, data root, output folder, device.
+
+    `signals` are measured; None: the budget's number.
+    """
 
     budget: Budget
     root: Path | None
     out: Path
+    signals: int | None = None
+    device: str = "cpu"
 
     def field(self, setting: Setting, method: Method) -> Siren | RayField:
         """The paper's network: half the width for modules, so that four weigh as much as one."""
@@ -186,16 +193,16 @@ def start_params(job: Job, setting: Setting, method: Method, seed: int) -> Param
     on the data set's training signals."""
     field = job.field(setting, method)
     if method.start == "random":
-        return field.init(torch.Generator().manual_seed(seed))
+        drawn = field.init(torch.Generator().manual_seed(seed))
+        return {name: p.to(job.device) for name, p in drawn.items()}
     shared = DATASETS[setting.dataset].starts or setting.dataset
     path = shipped_start(start_config(job, setting, method, shared))
     if path is None:
         config = start_config(job, setting, method, setting.dataset)
         path = Path(config.out) / "init.pt"
         if not path.is_file():
-            train(config, job.root)
-    params: Params = load_init(path)["params"]
-    return params
+            train(config, job.root, job.device)
+    return {name: p.to(job.device) for name, p in load_init(path)["params"].items()}
 
 
 def shipped_path(config: TrainConfig) -> Path:
@@ -233,6 +240,7 @@ def start_config(job: Job, setting: Setting, method: Method, learned_on: str) ->
     if isinstance(budget, SoundBudget):
         return replace(
             config,
+            seconds=DATASETS[learned_on].shape.samples / SAMPLE_RATE_HZ,
             outer_rate=budget.outer_rate * (1 if method.modules else SINGLE_SOUND),
             omega=budget.omega,
             first_omega=budget.first_omega,
@@ -253,19 +261,20 @@ def start_config(job: Job, setting: Setting, method: Method, learned_on: str) ->
 
 
 def make_method(name: str, setting: Setting) -> Method:
-    """The method with one module per task where it is modular."""
+    """The method, with the setting's number of modules where it is modular."""
     method = METHODS[name] if name in METHODS else VARIANTS[name].method
     if method.modules:
-        method = replace(method, modules=setting.tasks)  # type: ignore[type-var]
+        method = replace(method, modules=setting.modules or setting.tasks)  # type: ignore[type-var]
     return method
 
 
-def load_episode(item: Item, setting: Setting, budget: Budget) -> Episode:
-    """A signal cut into this setting's tasks."""
+def load_episode(item: Item, setting: Setting, job: Job) -> Episode:
+    """A signal cut into this setting's tasks, on the job's device."""
+    budget = job.budget
     shape = replace(item.shape, frames=max(budget.frames, setting.tasks))
     if isinstance(budget, ViewBudget):
         shape = replace(shape, side=budget.view_width, rays=budget.rays, held=budget.held)
-    return cut_item(replace(item, shape=shape), setting.tasks, setting.cut)
+    return cut_item(replace(item, shape=shape), setting.tasks, setting.cut).on(job.device)
 
 
 def test_items(job: Job, setting: Setting) -> list[Item]:
@@ -274,7 +283,7 @@ def test_items(job: Job, setting: Setting) -> list[Item]:
         found = open_folder(Path(setting.folder), setting.dataset)
     else:
         found = open_items(setting.dataset, "test", job.root)
-    return found[: job.budget.signals]
+    return found[: job.signals or job.budget.signals]
 
 
 def run_method(
@@ -288,8 +297,9 @@ def run_method(
     method, records = make_method(name, setting), []
     rate, _ = chosen_rate(job, setting, name, method)
     for number, item in enumerate(test_items(job, setting)):
+        digest = item.digest
         for seed in range(job.budget.seeds):
-            key = run_key(job.budget, setting, name, item, seed, rate)
+            key = run_key(job.budget, setting, name, digest, seed, rate)
             panels = job.out / "panels" / key if number == seed == 0 else None
             shown = item.kind == "audio" or panels is None or (panels / "truth.png").is_file()
             if key not in held or (pictures and not shown):
@@ -305,10 +315,12 @@ _SEARCH = ("search", "search_signals", "search_steps")
 _BREADTH = ("seeds", "signals")
 
 
-def run_key(budget: Budget, setting: Setting, name: str, item: Item, seed: int, rate: float) -> str:
-    """Names a run by everything that decides its result but the code and the data's own folder."""
-    file = "/".join(item.path.parts[-3:])
-    return _key(_without(budget, *_SEARCH, *_BREADTH), setting, name, file, seed, rate)
+def run_key(
+    budget: Budget, setting: Setting, name: str, digest: str, seed: int, rate: float
+) -> str:
+    """Names a run by everything that decides its result but the code: `digest` is the signal's."""
+    alone = replace(setting, folder=None)
+    return _key(_without(budget, *_SEARCH, *_BREADTH), alone, name, digest, seed, rate)
 
 
 def _without(budget: Budget, *fields: str) -> dict[str, Any]:
@@ -325,28 +337,30 @@ def chosen_rate(
 ) -> tuple[float, dict[str, float]]:
     """This method's step size from the validation signals, and every one's figure.
 
-    Kept in `rates.jsonl`, where step sizes that are asked for later are added to those tried.
+    Kept in `rates.jsonl`, where step sizes that are asked for later are added to those tried; those
+    that the package knows are not tried again.
     """
     alone, budget = replace(setting, folder=None), job.budget
     key = _key(_without(budget, "search", "marks", *_BREADTH), alone, name)
-    held = {line["key"]: line["tried"] for line in _lines(job.out / "rates.jsonl")}
-    tried = held.get(key, {})
+    held = {line["key"]: line for line in _lines(job.out / "rates.jsonl")}
+    known = {line["key"]: line for line in _lines(SHIPPED / "rates.jsonl")}
+    if key in known and key not in held:
+        held[key] = known[key]
+        _append(job.out / "rates.jsonl", known[key])
+    tried: dict[str, float] = held[key]["tried"] if key in held else {}
     if missing := [rate for rate in budget.search if f"{rate:g}" not in tried]:
         items = open_items(setting.dataset, "val", job.root)[: budget.search_signals]
-        tried |= try_rates(
-            method,
-            start_params(job, setting, method, 0),
-            [load_episode(i, setting, budget) for i in items],
-            job.learning(setting, method),
-            missing,
-            budget.search_steps,
-            0,
-        )
-    best = max(budget.search, key=lambda rate: tried[f"{rate:g}"])
-    if missing:
+        episodes = [load_episode(i, setting, job) for i in items]
+        start, how = start_params(job, setting, method, 0), job.learning(setting, method)
         line = {"key": key, "method": name, **dataclasses.asdict(alone)}
-        _append(job.out / "rates.jsonl", {**line, "rate": best, "tried": tried})
-    return best, {f"{rate:g}": tried[f"{rate:g}"] for rate in budget.search}
+        for rate in missing:
+            tried[f"{rate:g}"] = try_rate(
+                method, start, episodes, replace(how, rates=rate), budget.search_steps, 0
+            )
+            best = max(tried, key=lambda r: tried[r])
+            _append(job.out / "rates.jsonl", {**line, "rate": float(best), "tried": tried})
+    shown = {f"{rate:g}": tried[f"{rate:g}"] for rate in budget.search}
+    return max(budget.search, key=lambda rate: shown[f"{rate:g}"]), shown
 
 
 def _compute(
@@ -362,7 +376,7 @@ def _compute(
     record = run_signal(
         method,
         start_params(job, setting, method, seed),
-        load_episode(item, setting, job.budget),
+        load_episode(item, setting, job),
         item.kind,
         job.budget.marks,
         job.learning(setting, method, rate),

@@ -27,7 +27,7 @@ from mclnf_edge.mapping.initialization import SHAPES, Window, load_signal_init, 
 from mclnf_edge.maths.adaptation import Rates
 from mclnf_edge.maths.fields import Field, Params, Siren
 from meta_trainer.config import TrainConfig, parse_config
-from meta_trainer.data import DATASETS, Item, open_folder, open_items
+from meta_trainer.data import DATASETS, SAMPLE_RATE_HZ, Item, open_folder, open_items
 from meta_trainer.episodes import Episode
 from meta_trainer.evaluate import run_signal, summary
 from meta_trainer.meta_gradient import MetaGradient, initial_rates, meta_gradient
@@ -51,9 +51,10 @@ class Run:
     step: int = 0
 
 
-def start_run(config: TrainConfig, field: Field) -> Run:
+def start_run(config: TrainConfig, field: Field, device: str = "cpu") -> Run:
     """Step 0: parameters drawn from the seed."""
-    params = field.init(torch.Generator().manual_seed(config.seed))
+    drawn = field.init(torch.Generator().manual_seed(config.seed))
+    params = {name: p.to(device) for name, p in drawn.items()}
     rates = initial_rates(config.learned_rates, params, config.inner_rate, config.inner_steps)
     return make_run(config, params, rates)
 
@@ -74,7 +75,8 @@ def train_step(
     Process r of W takes episodes r, r + W, ...; the summed gradients are divided by their number.
     """
     rank, world = _place()
-    totals: list[Tensor] = [torch.zeros(())] + [torch.zeros_like(p) for p in _leaves(run)]
+    leaves = _leaves(run)
+    totals: list[Tensor] = [leaves[0].new_zeros(()), *map(torch.zeros_like, leaves)]
     for number in range(rank, len(episodes), world):
         generator = step_generator(config.seed, run.step, number)
         got = meta_gradient(
@@ -94,15 +96,15 @@ def train_step(
         for total in totals:
             dist.all_reduce(total)
     loss, *grads = [total / len(episodes) for total in totals]
-    for leaf, grad in zip(_leaves(run), grads, strict=True):
+    for leaf, grad in zip(leaves, grads, strict=True):
         leaf.grad = grad
     run.optimizer.step()
     run.step += 1
     return float(loss)
 
 
-def train(config: TrainConfig, root: Path | None = None) -> Path:
-    """Run or resume a meta-training; returns the path of the written initialization.
+def train(config: TrainConfig, root: Path | None = None, device: str = "cpu") -> Path:
+    """Run or resume a meta-training on a device; returns the path of the written initialization.
 
     Writes `log.csv`, `checkpoint.pt` and `init.pt` below `config.out`.
 
@@ -119,7 +121,11 @@ def train(config: TrainConfig, root: Path | None = None) -> Path:
     how = Learning(field, config.inner_rate, config.rule, config.batch, rows_of(field))
     out = Path(config.out)
     checkpoint, log = out / "checkpoint.pt", out / "log.csv"
-    run = load_checkpoint(checkpoint, config) if checkpoint.is_file() else start_run(config, field)
+    run = (
+        load_checkpoint(checkpoint, config, device)
+        if checkpoint.is_file()
+        else start_run(config, field, device)
+    )
     chief = _place()[0] == 0
     if chief:
         out.mkdir(parents=True, exist_ok=True)
@@ -128,7 +134,8 @@ def train(config: TrainConfig, root: Path | None = None) -> Path:
     begun = time.monotonic()
     bar = tqdm(total=config.outer_steps, initial=run.step, unit="step", disable=not chief)
     while run.step < config.outer_steps:
-        episodes = [make_episode(items, i, config, cache) for i in choose(items, run.step, config)]
+        chosen = choose(items, run.step, config)
+        episodes = [make_episode(items, i, config, cache).on(device) for i in chosen]
         loss = train_step(run, episodes, method, how, config)
         bar.update()
         if not chief:
@@ -167,6 +174,7 @@ def make_episode(
             cache.pop(next(iter(cache)))
         item = items[number]
         shape = dataclasses.replace(item.shape, frames=config.frames, rays=config.rays, held=1)
+        shape = dataclasses.replace(shape, samples=round(config.seconds * SAMPLE_RATE_HZ))
         if item.kind == "views":
             shape = dataclasses.replace(shape, side=config.view_width)
         item = dataclasses.replace(item, shape=shape)
@@ -189,14 +197,13 @@ def save_init(path: Path, run: Run, config: TrainConfig, signals: int) -> None:
         "step": run.step,
         "data": {"dataset": data.name, "signals": signals, "licence": data.licence},
     }
-    params = {n: p.detach().clone() for n, p in run.params.items()}
+    params = {n: p.detach().cpu().clone() for n, p in run.params.items()}
     rates, field = _rates_state(run.rates), field_of(config)
     if data.kind == "views" or isinstance(field, RayField):
         _write(path, {"format": VIEW_FORMAT, "params": params, "rates": rates, **meta})
         return
-    window = Window(
-        config.tasks, data.shape.side + 2 * data.shape.pad, config.frames, data.shape.samples
-    )
+    samples = round(config.seconds * SAMPLE_RATE_HZ)
+    window = Window(config.tasks, data.shape.side + 2 * data.shape.pad, config.frames, samples)
     _write(path, signal_content(data.kind, field, params, rates, window, meta))
 
 
@@ -237,10 +244,10 @@ def save_checkpoint(path: Path, run: Run, config: TrainConfig) -> None:
     _write(path, state)
 
 
-def load_checkpoint(path: Path, config: TrainConfig) -> Run:
+def load_checkpoint(path: Path, config: TrainConfig, device: str = "cpu") -> Run:
     """The run as it was saved. More outer steps may be asked for; all else must be the same."""
     try:
-        held = torch.load(path, weights_only=True, map_location="cpu")
+        held = torch.load(path, weights_only=True, map_location=device)
     except Exception as error:  # torch raises many kinds
         raise ConfigError(f"{path}: cannot be read as a checkpoint: {error}") from error
     free = {"outer_steps", "checkpoint_every", "out"}
@@ -256,23 +263,33 @@ def load_checkpoint(path: Path, config: TrainConfig) -> Run:
 
 
 def evaluate_init(
-    path: Path, folder: Path | None, signals: int, steps: int, batch: int, root: Path | None
+    path: Path,
+    folder: Path | None,
+    signals: int,
+    steps: int,
+    batch: int,
+    root: Path | None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """PSNR of an initialization on test signals at 1, 2, 4 ... `steps` steps, its own method."""
     held = load_init(path)
+    start = {name: p.to(device) for name, p in held["params"].items()}
+    rates = held["rates"]
+    if isinstance(rates, Mapping):
+        rates = {name: r.to(device) for name, r in rates.items()}
     config = parse_config(held["config"])
     items = open_folder(folder, config.dataset) if folder else None
     items = (items or open_items(config.dataset, "test", root))[:signals]
     method = METHODS[STARTS[config.start]]
     if method.modules:
         method = dataclasses.replace(method, modules=config.tasks)  # type: ignore[type-var]
-    how = Learning(held["field"], held["rates"], config.rule, batch, rows_of(held["field"]))
+    how = Learning(held["field"], rates, config.rule, batch, rows_of(held["field"]))
     marks = [2**k for k in range(steps.bit_length())]
     cache: dict[int, Episode] = {}
     runs = [
         run_signal(
-            method, held["params"], make_episode(items, i, config, cache), items[i].kind, marks,
-            how, config.seed,
+            method, start, make_episode(items, i, config, cache).on(device), items[i].kind,
+            marks, how, config.seed,
         )
         for i in range(len(items))
     ]  # fmt: skip
@@ -298,7 +315,7 @@ def _flatten(got: MetaGradient, run: Run) -> list[Tensor]:
 
 def _rates_state(rates: Rates) -> float | dict[str, Tensor]:
     if isinstance(rates, Mapping):
-        return {n: r.detach().clone() for n, r in rates.items()}
+        return {n: r.detach().cpu().clone() for n, r in rates.items()}
     return rates
 
 

@@ -71,6 +71,7 @@ def test_a_film_of_nothing_or_of_two_sizes_is_refused(tmp_path: Path) -> None:
         write_video(tmp_path / "f.mp4", [])
     with pytest.raises(ConfigError, match="30x20"):
         write_video(tmp_path / "f.mp4", [np.zeros((40, 60, 3), np.uint8), RED])
+    assert not list(tmp_path.iterdir()), "no film that is cut short"
 
 
 def test_contact_sheet_shows_each_truth_left_of_its_render() -> None:

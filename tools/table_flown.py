@@ -5,8 +5,10 @@ takes STEPS steps in between and after the last one, until every module is close
 machine, where `bench_live.py` tells what a machine's seconds are worth. Settings: as shipped; no
 ground added that later frames are the first to see; a module that has spent half of its budget
 begins anew only when half as many frames again see it. `at once` holds every frame before the first
-step. Run r has a seed and a split of its own (`measure.RUNS`). Stopped and started again it goes
-on. Writes table_flown.json.
+step. `three parts` is one flight after the other, each held at once, learned and closed before the
+next; `... or not at all` gives a new version up whose parent's probes it does not show as well,
+instead of taking back what it changed of known ground. Run r has a seed and a split of its own
+(`measure.RUNS`). Stopped and started again it goes on. Writes table_flown.json.
 """
 
 from __future__ import annotations
@@ -30,17 +32,21 @@ from mclnf_edge.evaluate import compare  # noqa: E402
 from mclnf_edge.images import decode_image  # noqa: E402
 from mclnf_edge.inference.renderer import Renderer  # noqa: E402
 from mclnf_edge.mapping import mapper as mapping  # noqa: E402
+from mclnf_edge.mapping import revisits  # noqa: E402
 from mclnf_edge.mapping.initialization import Initialization, load_init  # noqa: E402
 from mclnf_edge.mapping.mapper import Mapper  # noqa: E402
 from mclnf_edge.mapping.modules import Module  # noqa: E402
-from mclnf_edge.types import View  # noqa: E402
+from mclnf_edge.types import ModuleSnapshot, View  # noqa: E402
 from tools import measure  # noqa: E402
 
 EVERY_S = 2.0
 STEPS = 120
 SHRINK = 2
 STREAM = "flight"
-SETTINGS = ("shipped", "nothing added", "anew only when young", "at once")
+PARTS = ("three parts", "three parts, or not at all")
+SETTINGS = ("shipped", "nothing added", "anew only when young", "at once", *PARTS)
+Kept = dict[tuple[str, int], ModuleSnapshot]
+"""Committed modules by name and version."""
 MARKS = ("flown", "end")
 """When the last frame has had its steps, and when every module is closed."""
 
@@ -76,7 +82,19 @@ class AnewWhenYoung(Mapper):
         return super()._left(module) and self.views[module.cell] > more * module.seeded_with
 
 
+class OrNotAtAll(Mapper):
+    """A new version stands as it is, or its parent does."""
+
+    def _holds(self, module: Module, parent: ModuleSnapshot) -> bool:
+        assert self.pool is not None
+        good = revisits.judge(self.pool, module, parent, self._show).share == 1
+        if not good:
+            revisits.give_up(self.pool, module, parent)
+        return good
+
+
 MAPPERS: dict[str, type[Mapper]] = {
+    PARTS[1]: OrNotAtAll,
     "nothing added": NothingAdded,
     "anew only when young": AnewWhenYoung,
 }
@@ -119,31 +137,67 @@ def fly(capture: Capture, setting: str, seed: int, init: Initialization) -> dict
     """One flight to its end: held-out views at both marks, steps, CPU seconds."""
     config = ServeConfig()
     adapt = replace(config.adapt, budget_s_per_frame=1e9, seed=seed)
-    made = MAPPERS.get(setting, Mapper)(config.map, config.field, adapt, init.mlp, threads=1)
+    kept: Kept = {}
+    made = MAPPERS.get(setting, Mapper)(
+        config.map, config.field, adapt, init.mlp, threads=1, recall=lambda *key: kept[key]
+    )
     began = time.process_time()
     with own_time() as clock:
-        for i, frame in enumerate(capture.split("train").frames):
-            made.add(i, STREAM, frame)
-            made.frames[i].arrived = clock.now
-            if setting != "at once":
-                take(made, clock)
-        made.settle()
-        row = {"flown": {} if setting == "at once" else score(made, capture)}
-        while made.learning():
-            take(made, clock)
+        if setting in PARTS:
+            row: dict[str, Any] = {"flown": {}, "versions": learn_parts(made, capture, kept, clock)}
+        else:
+            row = {"flown": learn(made, capture, kept, clock, at_once=setting == "at once")}
     row["end"] = score(made, capture)
     return {**row, "steps": made.steps, "modules": len(made.modules),
             "cpu_s": round(time.process_time() - began, 1)}  # fmt: skip
 
 
-def take(mapper: Mapper, clock: Clock) -> None:
+def learn(
+    mapper: Mapper, capture: Capture, kept: Kept, clock: Clock, *, at_once: bool
+) -> dict[str, Any]:
+    """Fly and learn to the end; the held-out views when the last frame had its steps."""
+    for i, frame in enumerate(capture.split("train").frames):
+        mapper.add(i, STREAM, frame)
+        mapper.frames[i].arrived = clock.now
+        if not at_once:
+            take(mapper, kept, clock)
+    mapper.settle()
+    flown = {} if at_once else score(mapper, capture)
+    while mapper.learning():
+        take(mapper, kept, clock)
+    return flown
+
+
+def learn_parts(mapper: Mapper, capture: Capture, kept: Kept, clock: Clock) -> dict[str, int]:
+    """A third of the frames after the other; how many versions of closed cells were tried, held."""
+    frames, tried, held = capture.split("train").frames, 0, 0
+    for part in np.array_split(np.arange(len(frames)), 3):
+        mapper.draining = False
+        for i in part.tolist():
+            mapper.add(i, STREAM, frames[i])
+        mapper.draining = True
+        before = {m.id: m.version for m in mapper.modules.values()}
+        mapper.settle()
+        again = [m for m in mapper.modules.values() if m.version > before.get(m.id, 1)]
+        while mapper.learning():
+            take(mapper, kept, clock)
+        mapper.forget(mapper.unused())
+        tried += len(again)
+        held += sum(m.version > before[m.id] for m in again)
+    return {"tried": tried, "held": held}
+
+
+def take(mapper: Mapper, kept: Kept, clock: Clock) -> None:
     """What the daemon does between two frames."""
     mapper.settle()
     for _ in range(STEPS):
         if mapper.step() is None:
             break
     for module in mapper.finished():
-        mapper.forget(mapper.close(module).let_go)
+        closing = mapper.close(module)
+        if closing.snapshot is not None:
+            kept[closing.snapshot.id, closing.snapshot.version] = closing.snapshot
+        mapper.forget(closing.let_go)
     clock.now += EVERY_S
 
 

@@ -11,13 +11,14 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from mclnf_edge.captures.capture import natural_key
 from mclnf_edge.captures.detect import is_capture
 from mclnf_edge.errors import CaptureError
 from mclnf_edge.images import encode_image
 from mclnf_edge.sounds import encode_s16, read_sound
 from mclnf_edge.types import Modality, Signal
 
-PICTURES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+PICTURES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 CLIPS: Final = (".mp4", ".avi", ".mov", ".mkv", ".mpg", ".webm")
 SOUNDS: Final = (".wav", ".flac")
 FOLDER_HZ: Final = 25.0
@@ -71,7 +72,8 @@ class SignalFile:
     def frames(self) -> Iterator[npt.NDArray[np.uint8]]:
         """The pictures (H, W, 3) RGB, in order."""
         if self.path.is_dir():
-            files = sorted(p for p in self.path.iterdir() if p.suffix.lower() in PICTURES)
+            files = [p for p in self.path.iterdir() if _is_picture(p)]
+            files.sort(key=lambda p: natural_key(p.name))
             yield from (_picture(file) for file in files)
         elif self.modality == "image":
             yield _picture(self.path)
@@ -111,7 +113,7 @@ def open_signal(source: str, rate_hz: float | None = None) -> SignalFile | None:
     path = Path(source)
     suffix = path.suffix.lower()
     if path.is_dir():
-        held = any(p.suffix.lower() in PICTURES for p in path.iterdir())
+        held = any(map(_is_picture, path.iterdir()))
         if not held or is_capture(path):
             return None
         return SignalFile(path, "video", rate_hz or FOLDER_HZ)
@@ -129,6 +131,10 @@ def open_signal(source: str, rate_hz: float | None = None) -> SignalFile | None:
     if not fps > 0:
         raise CaptureError(f"{source}: expected a video with a frame rate, received none")
     return SignalFile(path, "video", fps)
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in PICTURES and path.name[0] != "."
 
 
 def _picture(path: Path) -> npt.NDArray[Any]:

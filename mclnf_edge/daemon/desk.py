@@ -88,6 +88,18 @@ class _Stream:
     place: Place
     last_pose: Matrix4 | None = None
     heard: float = field(default_factory=time.monotonic)
+    form: tuple[tuple[int, ...], float] | None = None
+    """Size (height, width; none of sound) and rate in Hz of the pieces of a video or sound."""
+
+    def go_on(self, size: tuple[int, ...], rate_hz: float) -> None:
+        """Check a piece against those before it on this connection; raises FrameRejected."""
+        self.form = self.form or (size, rate_hz)
+        if self.form != (size, rate_hz):
+            told, received = (
+                f"{'x'.join(map(str, reversed(size)))} at {hz:g} Hz".removeprefix(" at ")
+                for size, hz in (self.form, (size, rate_hz))
+            )
+            raise FrameRejected(f"signal: expected {told} as before, received {received}")
 
 
 @dataclass(frozen=True)
@@ -266,7 +278,7 @@ class Desk(threading.Thread):
         stream.heard, before = time.monotonic(), stream.last_pose
         try:
             if isinstance(put, PutSignal):
-                row = self._signal_row(put)
+                row = self._signal_row(stream, put)
             else:
                 row = self._frame_row(stream, put)
         except FrameRejected as error:
@@ -294,12 +306,17 @@ class Desk(threading.Thread):
             payload = pack_frame(site, encode(kept))
         return FrameRow(put.session, put.stream, frame.seq, frame.timestamp, payload)
 
-    def _signal_row(self, put: PutSignal) -> FrameRow:
-        """A piece of a signal, checked; without payload when it is not to be learned from."""
+    def _signal_row(self, stream: _Stream, put: PutSignal) -> FrameRow:
+        """A piece of a signal, checked; without payload when it is not to be learned from.
+
+        Raises FrameRejected, also for one that does not go on with the stream's video or sound.
+        """
         if self.modality == "posed":
             raise WrongModality("put-signal: this map holds posed frames, use put-frame")
         signal = put.signal
         decode_piece(signal, self.modality)
+        if self.modality != "image":
+            stream.go_on(signal.shape[:2] if self.modality == "video" else (), signal.rate_hz)
         payload = pack_frame(0, encode(put)) if signal.split == "train" else None
         return FrameRow(put.session, put.stream, signal.seq, signal.timestamp, payload)
 

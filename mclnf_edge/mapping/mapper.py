@@ -646,17 +646,22 @@ class Mapper:
     def _holds(self, module: Module, parent: ModuleSnapshot) -> bool:
         """Whether a new version shows its parent's probes as well; if not, the parent is back."""
         assert self.pool is not None
-        new, old = revisits.compare(self.pool, module, parent, self._show)
-        good = new >= old - revisits.LOSS_DB
+        verdict = revisits.judge(self.pool, module, parent, self._show)
+        share = verdict.share
+        told = (
+            "given up" if share is None
+            else "holds" if share == 1
+            else f"holds with {share:.0%} of its change of what was known"
+        )  # fmt: skip
         log.log(
-            logging.INFO if good else logging.WARNING,
+            logging.WARNING if share is None else logging.INFO,
             "task %s version %d %s: probes at %.2f dB, before %.2f dB",
-            module.id, module.version, "holds" if good else "given up", new, old,
+            module.id, module.version, told, verdict.new, verdict.old,
             extra=module.about,
         )  # fmt: skip
-        if not good:
+        if share is None:
             revisits.give_up(self.pool, module, parent)
-        return good
+        return share is not None
 
     def _show(self, site: int, ro: F32, rd: F32) -> F32:
         assert self.pool is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,8 @@ PROBES = 1024
 LOSS_DB = 0.05
 """A later version may show its parent's probes this much worse, and no more."""
 
+_SHARES = (1.0, 0.5, 0.25, 0.0)
+"""Of what a new version changed of its parent's texels, tried one after the other."""
 _VIEWS = 4
 _SHARE = 0.25
 _GUARD = 64.0
@@ -115,24 +118,44 @@ def probe_psnr(show: Show, site: int, probes: F32) -> float:
     return -10 * float(np.log10(max(float(((show(site, ro, rd) - level) ** 2).mean()), 1e-9)))
 
 
-def compare(
-    pool: ModulePool, module: Module, parent: ModuleSnapshot, show: Show
-) -> tuple[float, float]:
-    """PSNR in dB of the parent's probes as the new version and as the parent show them.
+@dataclass(frozen=True)
+class Verdict:
+    """PSNR in dB of a parent's probes, learned anew and before; the share of the change that stays.
 
-    Both are rendered now, through the same neighbours; the new version stays in its slot.
+    `share` None: the parent stays.
+    """
+
+    new: float
+    old: float
+    share: float | None
+
+
+def judge(pool: ModulePool, module: Module, parent: ModuleSnapshot, show: Show) -> Verdict:
+    """Leave the new version in its slot as far as it shows its parent's probes as well as that did.
+
+    Where it does not, what it changed of the texels that its parent knew is taken back step by
+    step, at last all of it: what it learned of new ground then stays, if there is any, and what was
+    known is as it was. If that is not enough, ground that it added stands before what its parent
+    knew. All are rendered now, through the same neighbours.
     """
     site, probes = module.cell[0] // 2, parent.arrays["probes"]
-    new = probe_psnr(show, site, probes)
     kept = {name: a.copy() for name, a in pool.arrays(module).items()}
     pool.load(module.cell, parent.arrays)
     old = probe_psnr(show, site, probes)
-    pool.load(module.cell, kept)
-    return new, old
+    before = pool.arrays(module)["features"].copy()
+    known, new = unpack_information(parent.arrays["information"]) > 0, []
+    adds = bool(((kept["seen"] > 0) & (parent.arrays["seen"] == 0)).any())
+    for share in _SHARES[: None if adds else -1] if known.any() else _SHARES[:1]:
+        mixed = np.where(known, before + share * (kept["features"] - before), kept["features"])
+        pool.load(module.cell, {**kept, "features": mixed})
+        new.append(probe_psnr(show, site, probes))
+        if new[-1] >= old - LOSS_DB:
+            return Verdict(new[0], old, share)
+    return Verdict(new[0], old, None)
 
 
 def give_up(pool: ModulePool, module: Module, parent: ModuleSnapshot) -> None:
-    """Put the parent back in the place of a version that was not as good."""
+    """Put the parent back in the place of a version that is not as good."""
     pool.load(module.cell, parent.arrays)
     module.version -= 1
     module.steps, module.rays = int(parent.meta["steps"]), int(parent.meta["rays"])

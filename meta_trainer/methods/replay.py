@@ -35,13 +35,14 @@ class Reservoir:
             self._coords = coords.new_empty(self.capacity, *coords.shape[1:])
             self._values = values.new_empty(self.capacity, *values.shape[1:])
         draws = torch.rand(len(coords), generator=self._generator, dtype=torch.float64)
-        for i in range(len(coords)):
+        kept: dict[int, int] = {}  # place -> sample; of two for one place the later one stays
+        for i, draw in enumerate(draws.tolist()):
             self.seen += 1
-            place = self.seen - 1
-            if self.seen > self.capacity:
-                place = int(draws[i] * self.seen)
+            place = self.seen - 1 if self.seen <= self.capacity else int(draw * self.seen)
             if place < self.capacity:
-                self._coords[place], self._values[place] = coords[i], values[i]
+                kept[place] = i
+        places, samples = list(kept), list(kept.values())
+        self._coords[places], self._values[places] = coords[samples], values[samples]
 
     def sample(self, count: int) -> Batch:
         """`count` of the kept samples with repetition."""

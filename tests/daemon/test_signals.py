@@ -1,4 +1,4 @@
-"""The daemon as a process on pictures: published, killed, gone on with, rendered, refused."""
+"""The daemon as a process on pictures, sound, video: published, gone on with, rendered, refused."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 from mclnf_edge.client import Client
 from mclnf_edge.errors import RemoteError
 from mclnf_edge.images import encode_image
+from mclnf_edge.sounds import encode_wav, read_sound
 from mclnf_edge.types import Frame
 from tests.daemon.conftest import Daemon
 from tests.daemon.test_mirror import followed
@@ -118,3 +119,66 @@ def test_a_posed_map_refuses_a_picture(daemon: Daemon, tmp_path: Path) -> None:
     file.write_bytes(encode_image(np.asarray(picture()), "png"))
     code, _, told = command("publish", str(file), "--connect", daemon.address)
     assert code == 1 and "this map holds posed, received modality image" in told
+
+
+def test_a_sound_is_mapped_and_a_span_rendered(tmp_path: Path) -> None:
+    daemon, file, shown = (
+        Daemon(tmp_path, "--init", "audio"),
+        tmp_path / "a.wav",
+        tmp_path / "b.wav",
+    )
+    daemon.config.write_text(CONFIG)
+    t = np.arange(4 * 16_000) / 16_000
+    file.write_bytes(encode_wav(np.asarray(0.3 * np.sin(2 * np.pi * 200 * t), np.float32), 16_000))
+    daemon.start()
+    try:
+        to = ("--connect", daemon.address)
+        code, out, told = command("publish", str(file), "--wait", "--json", *to)
+        assert (code, json.loads(out)["modality"]) == (0, "audio"), told
+        words = ("--span", "1:2.5", "--rate", "48000", "--out", str(shown))
+        code, _, told = command("render", *words, *to)
+        assert code == 0, told
+        samples, rate = read_sound(shown)
+        assert (samples.shape, rate) == ((72_000, 1), 48_000)
+        code, out, _ = command("eval", str(file), "--json", *to)
+        report = json.loads(out)
+        silence = -10 * np.log10(0.3**2 / 2 / 4)
+        assert code == 0 and report["psnr"] > silence + 3
+        assert {m["state"] for m in report["modules"]} == {"closed"} and len(report["modules"]) > 1
+        assert daemon.stop() == 0
+    finally:
+        daemon.kill()
+    assert command("map", "check", str(daemon.map))[0] == 0
+
+
+def test_a_video_is_mapped_and_a_moment_rendered_at_any_size(tmp_path: Path) -> None:
+    daemon, folder = Daemon(tmp_path, "--init", "video"), tmp_path / "clip"
+    daemon.config.write_text(CONFIG)
+    folder.mkdir()
+    for i in range(10):  # without leading zeros
+        (folder / f"{i}.png").write_bytes(encode_image(picture(0.1 * i), "png"))
+    daemon.start()
+    try:
+        to = ("--connect", daemon.address)
+        code, out, told = command("publish", str(folder), "--wait", "--json", *to)
+        assert (code, json.loads(out)["modality"]) == (0, "video"), told
+        code, out, _ = command("eval", str(folder), "--json", *to)
+        report = json.loads(out)
+        assert code == 0 and report["psnr"] > 20 and len(report["views"]) == 10
+        still, film = tmp_path / "still.png", tmp_path / "film.mp4"
+        words = ("--time", "0.1", "--size", "200x120", "--out", str(still))
+        code, _, told = command("render", *words, *to)
+        assert code == 0 and cv2.imread(str(still)).shape == (120, 200, 3), told
+        code, _, told = command("render", "--span", "0:0.36", "--out", str(film), *to)
+        assert code == 0 and cv2.VideoCapture(str(film)).get(cv2.CAP_PROP_FRAME_COUNT) >= 9, told
+        small = cv2.imread(str(folder / "3.png"))[::2]
+        (tmp_path / "mixed").mkdir()
+        for name, pixels in (("0", small), ("1", small), ("2", small[:, ::2])):
+            cv2.imwrite(str(tmp_path / "mixed" / f"{name}.png"), pixels)
+        code, out, told = command("publish", str(tmp_path / "mixed"), "--json", *to)
+        assert json.loads(out)["accepted"] == 2 and json.loads(out)["rejected"] == 1
+        assert "expected 48x20 at 25 Hz as before, received 24x20 at 25 Hz" in told
+        assert daemon.stop() == 0
+    finally:
+        daemon.kill()
+    assert command("map", "check", str(daemon.map))[0] == 0

@@ -163,6 +163,14 @@ def test_sound_survives_its_file_and_a_cut_one_is_named(tmp_path: Path) -> None:
         decode_sound(encode_s16(sound)[:-2], "s16le", (800, 1))
 
 
+def test_wav_of_floats_is_read(tmp_path: Path) -> None:
+    soundfile = pytest.importorskip("soundfile", reason="the extra `meta` is not installed")
+    samples = np.random.default_rng(0).uniform(-0.9, 0.9, (300, 2)).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", samples, 22_050, subtype="FLOAT")
+    got, rate = read_sound(tmp_path / "a.wav")
+    assert rate == 22_050 and np.array_equal(got, samples)
+
+
 def test_flac_is_read_and_a_cut_one_is_named(tmp_path: Path) -> None:
     soundfile = pytest.importorskip("soundfile")
     sound = np.sin(np.arange(8000, dtype=np.float32) / 7) * np.float32(0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,10 +11,10 @@ import torch
 from torch import Tensor
 
 from mclnf_edge.maths import fisher
-from mclnf_edge.maths.adaptation import Rule
+from mclnf_edge.maths.adaptation import Rule, Weighting
 from mclnf_edge.maths.fields import Params, Siren, unstack
 from meta_trainer.episodes import Episode, image_episode
-from meta_trainer.methods import METHODS, STARTS, Learning, predict
+from meta_trainer.methods import METHODS, STARTS, VARIANTS, Learning, predict
 from meta_trainer.methods.base import flat, pick
 from meta_trainer.methods.modular import Modular, stages
 from meta_trainer.methods.replay import Replay, Reservoir, towards
@@ -213,6 +214,16 @@ def test_replay_joins_current_and_stored_samples() -> None:
     assert_same(out, expected)
 
 
+def test_mer_of_the_tables_moves_by_its_share_of_a_step() -> None:
+    """Within 0.03, across 1: the first task, which has no buffer, is CL at 0.03 of the step."""
+    e, seen = episode(), []  # type: ignore[var-annotated]
+    METHODS["MER"].learn(start(), e, [3], HOW, gen(), after_task=lambda i, p: seen.append(p))
+    assert_same(seen[0], descend(start(), e.coords[0], e.values[0], 3, 0.03 * 0.05))
+    plain = replace(METHODS["MER"], reptile=False)  # type: ignore[type-var]
+    (joint,) = plain.learn(start(), e, [3], HOW, gen())
+    assert any(not torch.allclose(joint[n], seen[-1][n]) for n in joint)
+
+
 def test_mer_is_reptile_within_and_across_batches() -> None:
     e = episode()
     mer = Replay("MER", reptile=True, within=0.5, across=0.25, group=2)
@@ -229,6 +240,18 @@ def test_mer_is_reptile_within_and_across_batches() -> None:
         expected = towards(origin, expected, 0.25)
         buffer.add(x, s)
     assert_same(out, expected)
+
+
+@pytest.mark.parametrize("weighting", get_args(Weighting))
+@pytest.mark.parametrize("name", [*METHODS, *VARIANTS])
+def test_learning_stays_on_the_device_of_its_tensors(name: str, weighting: Weighting) -> None:
+    """On the device without memory, where meeting a tensor of the CPU is an error."""
+    method = METHODS[name] if name in METHODS else VARIANTS[name].method
+    field = Siren(2, 3, width=6, layers=7, omega=4.0)
+    how = Learning(field, 0.05, Rule(weighting), batch=4)
+    first = {n: p.to("meta") for n, p in field.init(gen(), torch.float64).items()}
+    (end,) = method.learn(first, episode().on("meta"), [2], how, gen())
+    assert {p.device.type for p in end.values()} == {"meta"}
 
 
 def test_learning_is_differentiable_in_the_start_for_every_learned_start() -> None:

@@ -20,8 +20,16 @@ from mclnf_edge.errors import CaptureError, ConfigError
 from meta_trainer import evaluate, reproduce, runs
 from meta_trainer.config import parse_config
 from meta_trainer.data import DATASETS
-from meta_trainer.methods import STARTS, VARIANTS
-from meta_trainer.report import agreement, as_text, falls, row_label, write_report
+from meta_trainer.methods import METHODS, STARTS, VARIANTS
+from meta_trainer.report import (
+    agreement,
+    as_text,
+    endings,
+    explanations,
+    falls,
+    row_label,
+    write_report,
+)
 from meta_trainer.reproduce import TARGETS
 from meta_trainer.runs import BUDGETS, Job, Setting
 from meta_trainer.trainer import load_init
@@ -94,9 +102,10 @@ def test_a_crash_in_the_middle_of_a_line_costs_that_line_only(
 
 
 def test_other_targets(root: Path, out: Path) -> None:
-    for target, metric in (("table2", "ssim"), ("table3", "psnr")):
+    for target, metrics in (("table2", {"ssim"}), ("table3", {"psnr", "ssim"})):
         rows = reproduce.reproduce(target, dataset="faces", root=root, out=out)["rows"]
-        assert {r["metric"] for r in rows} == {metric} and all(r["paper"] for r in rows)
+        assert {r["metric"] for r in rows} == metrics and all(r["paper"] for r in rows)
+        assert len(rows) == 10 * len(metrics)
     wide = reproduce.reproduce("table4", dataset="faces", root=root, out=out)["rows"]
     assert [r["width"] for r in wide] == [8, 8, 16, 16]
     many = reproduce.reproduce("table5", dataset="faces", root=root, out=out)["rows"]
@@ -104,6 +113,25 @@ def test_other_targets(root: Path, out: Path) -> None:
     sums = reproduce.reproduce("table7", root=root, out=out)["rows"]
     assert [r["parameters"] for r in sums] == [2_628_099, 2_637_836, 198_915, 201_228]
     assert all(r["paper"]["parameters"] == r["parameters"] for r in sums[:2])
+    assert set(reproduce.KEYS) == CONTRACT
+    for rows in (wide, many, sums):
+        assert all(set(r) >= CONTRACT for r in rows)
+    for target in ("table3", "fig4"):
+        with pytest.raises(ConfigError, match=f"{target} is for image, video.* only"):
+            reproduce.reproduce(target, dataset="speech", root=root, out=out)
+
+
+def test_modules_in_another_number_than_tasks(root: Path, tmp_path: Path) -> None:
+    def rows(modules: int) -> list[dict[str, object]]:
+        made = reproduce.reproduce(
+            "fig4", dataset="faces", root=root, out=tmp_path, modules=modules
+        )
+        return made["rows"]  # type: ignore[no-any-return]
+
+    usual, double = rows(0), rows(8)
+    assert [r["curve"] for r in rows(4)] == [r["curve"] for r in usual]
+    assert all(a["curve"] != b["curve"] for a, b in zip(usual, double, strict=True))
+    assert (tmp_path / "fig4-smoke-faces-8-modules.json").is_file()
 
 
 def test_controls_sweep_lambda_and_start_alike(root: Path, out: Path) -> None:
@@ -166,6 +194,42 @@ def test_a_plain_folder_is_evaluated(root: Path, out: Path, tmp_path: Path) -> N
         reproduce.reproduce("fig4", folder=tmp_path, root=root, out=out)
 
 
+def test_a_folders_results_follow_its_files(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As many as asked for are measured, changed ones anew; results of two folders stay apart."""
+    caplog.set_level("INFO")
+
+    def rows(folder: Path, signals: int | None = 3) -> list[dict[str, object]]:
+        made = reproduce.reproduce(
+            "fig4", dataset="faces", folder=folder, root=root, out=tmp_path / "out", signals=signals
+        )
+        assert made["folder"] == str(folder)
+        return made["rows"]  # type: ignore[no-any-return]
+
+    for place, files in (("one", 3), ("two", 1)):
+        (tmp_path / place / "mine").mkdir(parents=True)
+        for k in range(files):
+            level = np.full((200, 220, 3), 40 * k + 30, np.uint8)
+            cv2.imwrite(str(tmp_path / place / "mine" / f"{k}.png"), level)
+    one, two = (tmp_path / place / "mine" for place in ("one", "two"))
+    before = rows(one)
+    assert [r["n"] for r in before] == [3, 3]
+    assert [r["n"] for r in rows(one, signals=None)] == [1, 1]
+    assert "1 of 3 signals are measured" in caplog.text
+    assert [r["n"] for r in rows(two)] == [1, 1]
+    shutil.move(one, tmp_path / "moved")
+    moved = rows(tmp_path / "moved")
+    assert [r["curve"] for r in moved] == [r["curve"] for r in before]
+    assert sum(1 for _ in (tmp_path / "out" / "runs.jsonl").open()) == 2 * 3
+    names = sorted(p.name for p in (tmp_path / "out").glob("fig4*.json"))
+    assert len(names) == 3 and {"fig4-smoke-faces-mine.json", "fig4-smoke-faces-moved.json"} < {
+        *names
+    }
+    cv2.imwrite(str(tmp_path / "moved" / "0.png"), np.full((200, 220, 3), 200, np.uint8))
+    assert rows(tmp_path / "moved")[0]["curve"] != before[0]["curve"]
+
+
 def test_wrong_requests_are_named(root: Path, out: Path) -> None:
     for args, message in (
         ({"target": "table9"}, "unknown target 'table9'"),
@@ -188,19 +252,19 @@ def test_cost_is_measured_in_a_process_of_its_own(root: Path, out: Path) -> None
     assert 50 < cost["memory_mb"] < 5000 and cost["episodes_per_s"] > 0
 
 
-def test_search_takes_the_best_rate_and_shows_all() -> None:
+def test_a_step_size_is_worth_its_psnr_and_nothing_where_it_diverges() -> None:
     from mclnf_edge.maths.fields import Siren
     from meta_trainer.episodes import image_episode
-    from meta_trainer.methods import METHODS, Learning
+    from meta_trainer.methods import Learning
 
     field = Siren(2, 3, 16)
     episode = image_episode("a", np.random.default_rng(0).random((8, 8, 3)))
-    tried = evaluate.try_rates(
-        METHODS["OL"], field.init(torch.Generator().manual_seed(0)), [episode],
-        Learning(field), (1e-6, 1e-2, 1e9), 8, 0,
-    )  # fmt: skip
-    assert set(tried) == {"1e-06", "0.01", "1e+09"}
-    assert tried["0.01"] > tried["1e-06"] > tried["1e+09"]
+    start = field.init(torch.Generator().manual_seed(0))
+    slow, good, wild = (
+        evaluate.try_rate(METHODS["OL"], start, [episode], Learning(field, rate), 8, 0)
+        for rate in (1e-6, 1e-2, 1e9)
+    )
+    assert good > slow > 0 and wild == -math.inf
 
 
 def test_a_wider_grid_tries_what_is_new_and_keeps_runs_of_the_same_step_size(
@@ -208,22 +272,69 @@ def test_a_wider_grid_tries_what_is_new_and_keeps_runs_of_the_same_step_size(
 ) -> None:
     setting, budget = Setting("faces"), replace(runs.BUDGETS["smoke"], search=(1e-2,))
     tried, keys = [], []
-    real = runs.try_rates
+    real = runs.try_rate
 
-    def spy(method, start, episodes, how, rates, steps, seed):  # type: ignore[no-untyped-def]
-        tried.append(list(rates))
-        return real(method, start, episodes, how, rates, steps, seed)
+    def spy(method, start, episodes, how, steps, seed):  # type: ignore[no-untyped-def]
+        tried.append(how.rates)
+        return real(method, start, episodes, how, steps, seed)
 
-    monkeypatch.setattr(runs, "try_rates", spy)
+    monkeypatch.setattr(runs, "try_rate", spy)
     for search in ((1e-2,), (1e-9, 1e-2), (1e-9, 1e-2), (1e-9,)):
         job = Job(replace(budget, search=search), root, tmp_path)
         rate, shown = runs.chosen_rate(job, setting, "OL", runs.make_method("OL", setting))
         assert rate == max(search) and set(shown) == {f"{r:g}" for r in search}
         keys.append([r["key"] for r in runs.run_method(job, setting, "OL")])
-    assert tried == [[1e-2], [1e-9]]
+    assert tried == [1e-2, 1e-9]
     assert keys[0] == keys[1] == keys[2] != keys[3]
     wide = json.loads((tmp_path / "rates.jsonl").read_text().splitlines()[-1])
     assert wide["tried"]["0.01"] > wide["tried"]["1e-09"] and wide["rate"] == 1e-2
+
+
+def test_a_diverged_run_has_no_mean() -> None:
+    good = {"1": {"psnr": 10.0, "pesq": 1.0}, "2": {"psnr": 20.0, "pesq": 2.0}}
+    bad = {"1": {"psnr": 12.0, "pesq": 1.0}, "2": {"psnr": math.nan, "pesq": math.nan}}
+    told = evaluate.summary([good, bad], "psnr")
+    assert (told["best"], told["best_step"]) == (11.0, 1) and math.isnan(told["last"])
+    assert evaluate.summary([good, bad], "pesq")["last"] == 2.0, "a sound without a PESQ"
+
+
+def test_explanations_name_the_changes_that_put_a_pair_in_order() -> None:
+    def row(method: str, best: float, paper: float) -> dict[str, object]:
+        return {"dataset": "d", "method": method, "best": best, "paper": {"best": paper}}
+
+    rows = [row("MOL", 30, 20), row("Ours (mod)", 25, 22), row("ER", 10, 21), row("CL", 1, 1)]
+    tried = [row("MOL (one task's batch)", 24, 0), row("ER (buffer 1/20)", 9, 0),
+             row("MOL (to 32 steps)", 40, 0), row("Ours (mod) (to 32 steps)", 41, 0)]  # fmt: skip
+    assert list(explanations(rows, tried, "d")) == [
+        "MOL / Ours (mod): in order with MOL (one task's batch) or both (to 32 steps)",
+        "MOL / ER: not with any of 2 changes",
+    ]
+
+
+def test_endings_stand_beside_the_papers() -> None:
+    def row(method: str, ours: float, paper: float) -> dict[str, object]:
+        printed = {"best": 30.0, "last": 30.0 - paper}
+        return {"dataset": "d", "method": method, "metric": "psnr", "best": 20.0,
+                "last": 20.0 - ours, "paper": printed}  # fmt: skip
+
+    (told,) = endings([row("A", 0.0, 0.1), row("B", 1.0, 0.0), row("C", 0.1, 5.0)])
+    assert told.endswith("dB: B by 1.0 (paper 0.0), C by 0.1 (paper 5.0).")
+
+
+def test_known_step_sizes_are_not_tried_again(tmp_path: Path) -> None:
+    """On a machine without any data set: those of the package's starts come with it."""
+    docs = Path(__file__).resolve().parents[2] / "docs" / "results" / "rates.jsonl"
+    assert docs.read_text() == (runs.SHIPPED / "rates.jsonl").read_text()
+    for dataset in ("faces", "photos", "speech", "video", "drone"):
+        job = Job(runs.budget_for("cpu", dataset), tmp_path / "nowhere", tmp_path)
+        for name in METHODS:
+            setting = Setting(dataset)
+            rate, tried = runs.chosen_rate(job, setting, name, runs.make_method(name, setting))
+            assert set(tried) == {f"{r:g}" for r in job.budget.search}
+            assert tried[f"{rate:g}"] == max(tried.values())
+            edges = job.budget.search[0], job.budget.search[-1]
+            assert rate not in edges, f"{dataset}, {name}: the grid ends too early"
+    assert len((tmp_path / "rates.jsonl").read_text().splitlines()) == 50
 
 
 def test_bootstrap_interval_covers_the_mean() -> None:

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from mclnf_edge.errors import ConfigError, InitError
 from mclnf_edge.mapping.initialization import load_signal_init
@@ -63,6 +64,35 @@ def test_meta_gradient_by_finite_differences_through_the_whole_sequence(name: st
                 ends.append(query_loss(name, moved, HOW, 2))
             slope = (ends[0] - ends[1]) / 2e-6
             assert slope == pytest.approx(g.view(-1)[place].item(), rel=1e-4, abs=1e-8)
+
+
+@pytest.mark.parametrize("name", ["MAML+CL", "MOL", "Ours (mod)"])
+def test_meta_gradient_is_torch_funcs(name: str) -> None:
+    """MAML's meta-gradient as torch.func.grad gives it, through an inner loop written with it."""
+    e, rate = episode(), 0.05
+
+    def loss(params: Params, x: Tensor, s: Tensor) -> Tensor:
+        return (FIELD(params, x) - s).square().sum(-1).mean()
+
+    def adapt(params: Params, x: Tensor, s: Tensor) -> Params:
+        for _ in range(2):
+            slope = torch.func.grad(loss)(params, x, s)
+            params = {n: p - rate * slope[n] for n, p in params.items()}
+        return params
+
+    def after(params: Params) -> Tensor:
+        pairs = list(zip(e.coords, e.values, strict=True))
+        if METHODS[name].modules:
+            return torch.stack([loss(adapt(params, x, s), x, s) for x, s in pairs]).mean()
+        everything = e.coords.flatten(0, 1), e.values.flatten(0, 1)
+        for x, s in pairs if name == "MAML+CL" else [everything]:
+            params = adapt(params, x, s)
+        return loss(params, *everything)
+
+    expected = torch.func.grad(after)(start())
+    got = meta_gradient(METHODS[name], start(), rate, e, HOW, 2, 0, "second", gen(3))
+    for n, slope in expected.items():
+        torch.testing.assert_close(got.start[n], slope)
 
 
 def test_mim_meta_gradient_weights_the_query_too() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from mclnf_edge.captures import open_capture
 from mclnf_edge.errors import CaptureError, ConfigError
 from mclnf_edge.maths import fisher
-from mclnf_edge.maths.adaptation import Rule, State, inner_step
+from mclnf_edge.maths.adaptation import Rule, State, Weighting, inner_step
 from mclnf_edge.maths.fields import NerfMlp, Params, stack
 from mclnf_edge.maths.radiance import UNITS
 from meta_trainer import reproduce
@@ -259,6 +259,18 @@ def test_every_method_learns_a_scene(flight: Path) -> None:
         assert set(record["curve"]["1"]) == {"psnr", "ssim"}
 
 
+@pytest.mark.parametrize("weighting", ["none", "diagonal", "factored"])
+def test_rays_stay_on_the_device_of_their_tensors(flight: Path, weighting: Weighting) -> None:
+    """On the device without memory, where meeting a tensor of the CPU is an error."""
+    field = RayField(NerfMlp(8, 7, 2), 3)
+    how = Learning(field, 0.01, Rule(weighting, "adam"), 16, field.samples)
+    first = {n: p.to("meta") for n, p in field.init(gen()).items()}
+    episode = view_episode(flight, 32, 64, 1, 4).on("meta")
+    for name in METHODS:
+        (end,) = METHODS[name].learn(first, episode, [2], how, gen())
+        assert {p.device.type for p in end.values()} == {"meta"}
+
+
 def test_a_module_answers_in_its_own_cell_only(flight: Path) -> None:
     held = view_episode(flight, 48, 300, 1, 4).measured
     field = RayField(NerfMlp(8, 2, 1), 2)
@@ -345,7 +357,8 @@ def test_a_capture_folder_and_the_controls(root: Path, flight: Path, tmp_path: P
     assert tried == {"none", *reproduce.CONTROLS}
     sums = reproduce.reproduce("table7", dataset="matrixcity", root=root, out=tmp_path)["rows"]
     assert sums[-1]["parameters"] == 4 * 698_372
-    assert not reproduce.reproduce("table3", dataset="matrixcity", root=root, out=tmp_path)["rows"]
+    with pytest.raises(ConfigError, match="table3 is for image, video only"):
+        reproduce.reproduce("table3", dataset="matrixcity", root=root, out=tmp_path)
 
 
 def test_meta_training_goes_on_where_it_stopped(root: Path, tmp_path: Path) -> None:

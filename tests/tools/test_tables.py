@@ -208,13 +208,15 @@ def test_a_flight_by_steps_leaves_the_clock_as_it_was() -> None:
     rows = [
         {"capture": "small", "seed": 0, "setting": setting}
         | table_flown.fly(capture, setting, 0, load_init(None))
-        for setting in ("shipped", "nothing added", "at once")
+        for setting in ("shipped", "nothing added", "at once", *table_flown.PARTS)
     ]
     assert vars(mapping)["time"] is time
     assert rows[0]["flown"] and not rows[2]["flown"] and rows[0]["steps"] > 0
     found = table_flown.summarise(rows)["all"]
     assert 0 < found["at once"]["end"]["known"] <= 1 and "flown" not in found["at once"]
-    assert table_flown.lines({"summary": {"all": found}})[-1].startswith("| at once, end |")
+    assert rows[3]["versions"]["tried"] >= rows[3]["versions"]["held"] >= 0
+    lines = table_flown.lines({"summary": {"all": found}})
+    assert lines[-1].startswith("| three parts, or not at all, end |")
 
 
 def test_the_spread_of_weights() -> None:
