@@ -111,7 +111,7 @@ SOUND_BUDGETS = {
                     outer_rate=1e-5),
     )
 }  # fmt: skip
-_VIEW_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+_VIEW_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 VIEW_BUDGETS = {
     b.name: b
     for b in (
@@ -120,7 +120,7 @@ VIEW_BUDGETS = {
         ViewBudget("cpu", _doubling(512), 3, 2, 64, 64, 1500, 64, _VIEW_RATES, 1, 64,
                    view_width=96, ray_samples=16, rays=2**15, held=0),
         ViewBudget("paper", _doubling(1024), 3, 100, 256, 512, 500_000, 256,
-                   _VIEW_RATES[:-1], 2, 256, outer_rate=1e-4),
+                   _VIEW_RATES[:-2], 2, 256, outer_rate=1e-4),
     )
 }  # fmt: skip
 
