@@ -1,6 +1,6 @@
 """Take each promised mechanism out, one at a time, and see that its test fails without it.
 
-    python tools/prove_promises.py [--rows WORD ...] [--out FILE] [--work DIR]
+    python -m tools.prove_promises [--rows WORD ...] [--out FILE] [--work DIR]
 
 `tools/mechanisms.py` names, for the rows of the README's table of promises, a line of source that
 keeps the promise, what stands there when it is gone, and the tests that must notice. Each is done
