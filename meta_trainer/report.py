@@ -240,7 +240,11 @@ def _rates(path: Path) -> Iterator[str]:
 
 def _how(line: Row) -> str:
     """What of a search's setting is not the usual one."""
-    told = [f"{key} {line[key]}" for key in ("cut", "tasks", "widen") if line[key] != USUAL[key]]
+    told = [
+        f"{key} {line[key]}"
+        for key in ("cut", "tasks", "modules", "widen")
+        if line[key] != USUAL[key]
+    ]
     if line["weighting"]:
         told.append(f"{line['weighting']}, lambda {line['lam']:g}")
     return "".join(f", {t}" for t in told)
