@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -139,11 +140,18 @@ def _usable(data: DataSet, paths: Sequence[Path], base: Path) -> list[Item]:
     wanted = data.shape.samples / SAMPLE_RATE_HZ
     long = [item for item in items if sound_seconds(item.path) >= wanted]
     if len(long) < len(items):
-        log.warning("%s: %d of %d sounds are shorter than %g s and left out", base,
-                    len(items) - len(long), len(items), wanted)  # fmt: skip
+        _tell_short(base, len(items) - len(long), len(items), wanted)
     if not long:
         raise CaptureError(f"{base}: expected sounds of at least {wanted:g} s, found none")
     return long
+
+
+@cache
+def _tell_short(base: Path, short: int, count: int, wanted: float) -> None:
+    """Once: every method of a table lists the same sounds."""
+    log.warning(
+        "%s: %d of %d sounds are shorter than %g s and left out", base, short, count, wanted
+    )
 
 
 def content_digest(path: Path) -> str:
@@ -183,8 +191,9 @@ def load_audio(path: Path, shape: Shape) -> Signal:
     return np.asarray(mono[begin : begin + shape.samples], dtype=np.float32)
 
 
+@cache
 def sound_seconds(path: Path) -> float:
-    """How long a sound is by its header; CaptureError when it is none."""
+    """How long a sound is by its header, read once; CaptureError when it is none."""
     import soundfile
 
     try:

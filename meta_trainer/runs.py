@@ -319,8 +319,14 @@ def run_key(
     budget: Budget, setting: Setting, name: str, digest: str, seed: int, rate: float
 ) -> str:
     """Names a run by everything that decides its result but the code: `digest` is the signal's."""
-    alone = replace(setting, folder=None)
+    alone = _deciding(setting, name)
     return _key(_without(budget, *_SEARCH, *_BREADTH), alone, name, digest, seed, rate)
+
+
+def _deciding(setting: Setting, name: str) -> Setting:
+    """The setting as far as it can change a result of this method."""
+    usual = setting.modules == setting.tasks or not make_method(name, setting).modules
+    return replace(setting, folder=None, modules=0 if usual else setting.modules)
 
 
 def _without(budget: Budget, *fields: str) -> dict[str, Any]:
@@ -340,7 +346,7 @@ def chosen_rate(
     Kept in `rates.jsonl`, where step sizes that are asked for later are added to those tried; those
     that the package knows are not tried again.
     """
-    alone, budget = replace(setting, folder=None), job.budget
+    alone, budget = _deciding(setting, name), job.budget
     key = _key(_without(budget, "search", "marks", *_BREADTH), alone, name)
     held = {line["key"]: line for line in _lines(job.out / "rates.jsonl")}
     known = {line["key"]: line for line in _lines(SHIPPED / "rates.jsonl")}

@@ -129,7 +129,14 @@ def test_modules_in_another_number_than_tasks(root: Path, tmp_path: Path) -> Non
         return made["rows"]  # type: ignore[no-any-return]
 
     usual, double = rows(0), rows(8)
+    lines = (tmp_path / "runs.jsonl").read_text()
     assert [r["curve"] for r in rows(4)] == [r["curve"] for r in usual]
+    assert (tmp_path / "runs.jsonl").read_text() == lines, "four modules are one per task"
+    keys = {
+        runs.run_key(BUDGETS["smoke"], Setting("faces", modules=n), "OL", "digest", 0, 0.1)
+        for n in (0, 4, 8)
+    }
+    assert len(keys) == 1, "one network is the same whatever the number of modules"
     assert all(a["curve"] != b["curve"] for a, b in zip(usual, double, strict=True))
     assert (tmp_path / "fig4-smoke-faces-8-modules.json").is_file()
 
