@@ -298,21 +298,24 @@ def _section(result: Mapping[str, Any], out: Path, figures: Path, name: str) -> 
     ]  # fmt: skip
     lines += [f"- {text}." for text in dict.fromkeys(r["provenance"] for r in rows
                                                       if "provenance" in r)]  # fmt: skip
-    compared = {} if target == "causes" else agreement(rows)  # variants of one method, there
-    for dataset, (agree, pairs, wrong) in compared.items():
-        lines.append(f"- {dataset}: {agree} of {pairs} pairs in the paper's order by best value"
-                     + (f"; not (~ with overlapping intervals): {', '.join(wrong)}." if wrong
-                        else "."))  # fmt: skip
+    curves = [part for part in _by_metric(rows) if "curve" in part[0]]
+    for part in curves if target != "causes" else []:  # variants of one method, there
+        for dataset, (agree, pairs, wrong) in agreement(part).items():
+            lines.append(
+                f"- {dataset}, {row_label(part, dataset)}: {agree} of {pairs} pairs in the paper's "
+                "order by best value"
+                + (f"; not (~ with overlapping intervals): {', '.join(wrong)}." if wrong else ".")
+            )
     lines += [f"- {told}" for told in endings(rows)]
-    for (dataset, method), drop in falls(rows).items():
-        if drop > 0.2 and row_label(rows, dataset) == "PSNR (dB)":
+    for (dataset, method), drop in falls([r for r in rows if r["metric"] == "psnr"]).items():
+        if drop > 0.2:
             lines.append(
                 f"- {dataset}, {method}: once {drop:.2f} dB below its running best, at any mark."
             )
     lines.append("")
-    if any("curve" in r for r in rows):
+    if curves:
         path = figures / f"{name}.png"
-        _plot(rows, path)
+        _plot(curves, path)
         lines += [f"![{target}]({path.relative_to(out)})", ""]
     if target in ("fig3", "fig4"):
         lines += _panels(rows, out, figures / f"{name}-panels.jpg")
@@ -329,14 +332,23 @@ def _explained(result: Mapping[str, Any], causes: Mapping[str, Any]) -> list[str
     return ["What was tried for pairs out of the paper's order (`causes`):", "", *lines, ""]
 
 
-def _plot(rows: Sequence[Row], path: Path) -> None:
-    """Quality against steps (log axis), one axis per data set, the paper's best as marks."""
+def _by_metric(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows of each metric: decibels and SSIM are not compared with each other."""
+    metrics = dict.fromkeys(r["metric"] for r in rows)
+    return [[r for r in rows if r["metric"] == metric] for metric in metrics]
+
+
+def _plot(parts: Sequence[Sequence[Row]], path: Path) -> None:
+    """Quality against steps (log axis), one axis per data set and metric, the paper's best as
+    marks."""
     from matplotlib.figure import Figure
 
-    datasets = list(dict.fromkeys(r["dataset"] for r in rows if "curve" in r))
-    figure = Figure(figsize=(5 * len(datasets), 4), layout="constrained")
-    for axis, dataset in zip(figure.subplots(1, len(datasets), squeeze=False)[0], datasets,
-                             strict=True):  # fmt: skip
+    shown = [
+        (rows, dataset) for rows in parts for dataset in dict.fromkeys(r["dataset"] for r in rows)
+    ]
+    figure = Figure(figsize=(5 * len(shown), 4), layout="constrained")
+    for axis, (rows, dataset) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown,
+                                     strict=True):  # fmt: skip
         for row in (r for r in rows if r["dataset"] == dataset and "curve" in r):
             x = [int(k) for k in row["curve"]]
             label = " ".join(str(row[k]) for k in ("method", "width", "tasks") if k in row)

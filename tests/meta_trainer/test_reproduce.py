@@ -409,6 +409,13 @@ def test_a_plot_is_labelled_by_what_it_shows() -> None:
     assert row_label([{**curve, "metric": "ssim"}], "d") == "SSIM"
 
 
+def test_decibels_and_ssim_are_not_compared(root: Path, tmp_path: Path) -> None:
+    reproduce.reproduce("table3", dataset="faces", root=root, out=tmp_path)
+    text = write_report(tmp_path)[1].read_text()
+    assert "- faces, PSNR (dB): " in text and "- faces, SSIM: " in text
+    assert text.count(" of 44 pairs") == 2
+
+
 def test_text_of_a_result() -> None:
     row = {
         "method": "OL",
