@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
+import torch
 import yaml
 
 from mclnf_edge.errors import ConfigError
 from mclnf_edge.maths.adaptation import Rule, Stepping, Weighting
-from mclnf_edge.maths.fields import NerfMlp, Siren
+from mclnf_edge.maths.fields import NerfMlp, Siren, count
+from mclnf_edge.maths.fisher import FULL_PARAMETERS
 from meta_trainer.episodes import Cut
 from meta_trainer.ray_field import RayField
 
@@ -88,11 +90,23 @@ class TrainConfig:
 
     def field(self, d_in: int, d_out: int) -> Siren:
         """The network of a picture, video or sound."""
-        return Siren(d_in, d_out, self.width, self.layers, self.omega, self.first_omega or None)
+        siren = Siren(d_in, d_out, self.width, self.layers, self.omega, self.first_omega or None)
+        self._check_size(siren)
+        return siren
 
     def ray_field(self) -> RayField:
         """The network of views, volume-rendered."""
-        return RayField(NerfMlp(self.width, self.layers, self.layers // 2), self.ray_samples)
+        mlp = NerfMlp(self.width, self.layers, self.layers // 2)
+        self._check_size(mlp)
+        return RayField(mlp, self.ray_samples)
+
+    def _check_size(self, network: Siren | NerfMlp) -> None:
+        size = count(network.init(torch.Generator()))
+        if self.weighting == "full" and size > FULL_PARAMETERS:
+            raise ConfigError(
+                f"weighting: full is for at most {FULL_PARAMETERS} parameters, received {size}; "
+                "use diagonal or factored"
+            )
 
 
 def load_config(path: Path) -> TrainConfig:

@@ -16,12 +16,10 @@ from typing import Any, NamedTuple
 
 from mclnf_edge.errors import ConfigError
 from meta_trainer.data import DATASETS
-from meta_trainer.methods import VARIANTS
 from meta_trainer.runs import SHIPPED, Setting
 
 Row = Mapping[str, Any]
 
-LONGER_MARK = " (to "
 USUAL = dataclasses.asdict(Setting(""))
 
 DISCREPANCIES = (
@@ -132,29 +130,38 @@ def agreement(rows: Sequence[Row]) -> dict[str, tuple[int, int, list[str]]]:
 def explanations(rows: Sequence[Row], tried: Sequence[Row], dataset: str) -> Iterator[str]:
     """For each pair out of the paper's order, which of the changes of `causes` put it in order.
 
-    A method that ran further is compared with the other one only where that did, too.
+    A method that ran further is compared with the other one only where that did, too, and then by
+    the best that each has within the steps that both took.
+
+    Args:
+        rows: one metric's rows of a table.
+        tried: rows of `causes`, of any metric.
+        dataset: whose rows.
     """
-    further = {r["method"].split(LONGER_MARK)[0]: r for r in tried if LONGER_MARK in r["method"]}
-    changed = [r for r in tried if r["method"] in VARIANTS]
+    tried = [r for r in tried if r["metric"] == rows[0]["metric"]]
+    further = {r["of"]: r for r in tried if r["further"]}
+    changed = [r for r in tried if not r["further"]]
     for pair in pairs(rows, dataset):
         if pair.agrees:
             continue
         a, b = pair.a["method"], pair.b["method"]
         differences = [
-            (r["method"], r["best"] - pair.b["best"]) for r in changed if own(r) == a
-        ] + [(r["method"], pair.a["best"] - r["best"]) for r in changed if own(r) == b]
+            (r["method"], r["best"] - pair.b["best"]) for r in changed if r["of"] == a
+        ] + [(r["method"], pair.a["best"] - r["best"]) for r in changed if r["of"] == b]
         if a in further and b in further:
-            steps = further[a]["method"].removeprefix(a)
-            differences.append((f"both{steps}", further[a]["best"] - further[b]["best"]))
+            steps = min(int(list(further[m]["curve"])[-1]) for m in (a, b))
+            difference = _best_to(further[a], steps) - _best_to(further[b], steps)
+            differences.append((f"both to {steps} steps", difference))
         good = [name for name, difference in differences if pair.printed * difference > 0]
         count = len(differences)
         told = f"in order with {' or '.join(good)}" if good else f"not with any of {count} changes"
         yield f"{a} / {b}: {told}"
 
 
-def own(row: Row) -> str:
-    """The table's method that a row of `causes` reads otherwise."""
-    return VARIANTS[row["method"]].own
+def _best_to(row: Row, steps: int) -> float:
+    """The best value of a row's curve within so many steps."""
+    values = [v for k, v in row["curve"].items() if v is not None and int(k) <= steps]
+    return float(max(values))
 
 
 def _overlap(a: Sequence[float | None] | None, b: Sequence[float | None] | None) -> bool:
@@ -197,7 +204,7 @@ def write_report(out: Path) -> tuple[Path, Path]:
     """`report.md` and `report.html` from the result files in `out`; figures inside the HTML.
 
     Raises:
-        ConfigError: the folder has no results.
+        ConfigError: the folder has no results, or such of another version.
     """
     paths = sorted(p for p in out.glob("*-*.json") if p.is_file())
     if not paths:
@@ -205,11 +212,11 @@ def write_report(out: Path) -> tuple[Path, Path]:
     figures = out / "figures"
     figures.mkdir(exist_ok=True)
     lines = ["# Experiments", ""]
-    results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    results = {path.stem: _read(path) for path in paths}
     for stem, result in results.items():
         lines += _section(result, out, figures, stem)
-        causes = results.get(stem.replace("table1-", "causes-"))
-        if result["target"] == "table1" and causes:
+        causes = results.get(stem.replace(result["target"], "causes"))
+        if result["target"] in ("table1", "table2") and causes:
             lines += _explained(result, causes)
     lines += [*_rates(out / "rates.jsonl"), *_trainings()]
     lines += ["## Discrepancies in the paper", "", *(f"- {d}" for d in DISCREPANCIES), ""]
@@ -218,6 +225,15 @@ def write_report(out: Path) -> tuple[Path, Path]:
     page = out / "report.html"
     page.write_text(_html(lines, out), encoding="utf-8")
     return page, markdown
+
+
+def _read(path: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    keys = {"target", "budgets", "rows", "machine", "compute_s", "wall_s"}
+    rows = {"of", "further"} if result.get("target") == "causes" else set()
+    if not keys <= result.keys() or not all(rows <= row.keys() for row in result["rows"]):
+        raise ConfigError(f"{path}: written by another version; run its `reproduce` again")
+    return result
 
 
 def _rates(path: Path) -> Iterator[str]:
@@ -327,7 +343,8 @@ def _explained(result: Mapping[str, Any], causes: Mapping[str, Any]) -> list[str
     lines = [
         f"- {text}."
         for dataset in result["budgets"]
-        for text in explanations(result["rows"], causes["rows"], dataset)
+        for rows in _by_metric(result["rows"])
+        for text in explanations(rows, causes["rows"], dataset)
     ]
     return ["What was tried for pairs out of the paper's order (`causes`):", "", *lines, ""]
 

@@ -241,7 +241,7 @@ CONTROLS: tuple[Weighting, ...] = (
     "gradncp",
     "pruned",
 )
-LAMBDAS = (0.03, 0.1, 0.3, 1.0, 3.0)
+LAMBDAS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
 
 def controls(job: Job, settings: list[Setting]) -> Iterator[Any]:
@@ -266,28 +266,42 @@ def controls(job: Job, settings: list[Setting]) -> Iterator[Any]:
             yield {**row, "method": weighting, "lam": best}
 
 
-LONGER = {"image": 8, "video": 8, "audio": 8, "views": 2}
-"""How much further `causes` runs the methods that start learned and never forget, by kind."""
+_LEARNED = ("MOL", *OURS)
+FURTHER: dict[Kind, dict[str, int]] = {
+    "image": dict.fromkeys(_LEARNED, 8) | dict.fromkeys(("MAML+CL", "OML"), 4),
+    "video": dict.fromkeys(_LEARNED, 8) | dict.fromkeys(("OL", "MAML+CL", "OML"), 4),
+    "audio": dict.fromkeys((*_LEARNED, "OL"), 2),
+    "views": dict.fromkeys(_LEARNED, 2),
+}
+"""How many times the budget's steps `causes` runs a method, by kind of signal."""
 
 
 def causes(job: Job, settings: list[Setting]) -> Iterator[Any]:
     """Tried causes of an order that is not the paper's: more steps, other readings of a method.
 
-    A row's method says what was changed; the paper's figure beside it is the method's own.
+    In Table 1's and Table 2's metric where the paper has it, from the same runs. A row's method
+    says what was changed, `of` whose change it is, `further` whether it is more steps; the paper's
+    figure beside it is that method's own.
     """
     for setting in settings[:1]:
-        kind, last = DATASETS[setting.dataset].kind, job.budget.marks[-1]
-        further = range(1, LONGER[kind].bit_length())
-        marks = (*job.budget.marks, *(last * 2**k for k in further))
-        longer = replace(job, budget=replace(job.budget, marks=marks))
+        kind, marks = DATASETS[setting.dataset].kind, job.budget.marks
         like = paper_dataset(setting)
-        for name in ("MOL", *OURS):
-            row = make_row(longer, setting, name, "psnr", paper_row("table1", "psnr", like, name))
-            yield {**row, "method": f"{name} (to {marks[-1]} steps)"}
-        for name, variant in VARIANTS.items():
-            if kind in variant.kinds:
-                paper = paper_row("table1", "psnr", like, variant.own)
-                yield make_row(job, setting, name, "psnr", paper)
+        for table, metric in (("table1", "psnr"), ("table2", PERCEPTUAL[kind])):
+            if not paper_tables()[table].get(metric, {}).get(like):
+                continue
+            for name, times in FURTHER[kind].items():
+                more = tuple(marks[-1] * 2**k for k in range(1, times.bit_length()))
+                longer = replace(job, budget=replace(job.budget, marks=marks + more))
+                paper = paper_row(table, metric, like, name)
+                row = make_row(longer, setting, name, metric, paper)
+                told = f"{name} (to {more[-1]} steps)"
+                yield {**row, "method": told, "of": name, "further": True}
+            for name, (own, kinds, _, lam) in VARIANTS.items():
+                if kind in kinds:
+                    changed = replace(setting, lam=setting.lam if lam is None else lam)
+                    paper = paper_row(table, metric, like, own)
+                    row = make_row(job, changed, name, metric, paper)
+                    yield {**row, "of": own, "further": False}
 
 
 def table6(job: Job, settings: list[Setting]) -> Iterator[Any]:

@@ -19,7 +19,9 @@ from mclnf_edge.maths import fisher as fi
 from mclnf_edge.maths import kernels, passes
 from mclnf_edge.maths.fields import Field, Params, Seen, Tap
 
-Weighting = Literal["none", "diagonal", "factored", "shuffled", "residual", "gradncp", "pruned"]
+Weighting = Literal[
+    "none", "full", "diagonal", "factored", "shuffled", "residual", "gradncp", "pruned"
+]
 Stepping = Literal["sgd", "fim-sgd", "adam"]
 
 Rates = float | Mapping[str, Tensor]
@@ -37,11 +39,12 @@ ADAM_EPSILON = 1e-8
 class Rule:
     """How samples are weighted and parameters moved.
 
-    `weighting`: "diagonal" is the FIM loss with the exact diagonal, "factored" its cheap form;
-    controls: "shuffled" (the diagonal's weights on other samples), "residual" (q = squared error),
-    "gradncp" (q = GradNCP's squared score); "pruned" keeps the `keep` share with the largest
-    GradNCP score. `lam`, `cap`: see `fisher.sample_weights`. `damping` is relative to mean F.
-    `trainable`: the layers that move (OML: the top ones), None for all.
+    `weighting`: the FIM loss with the whole F of each batch ("full", tiny networks), the running
+    exact diagonal ("diagonal") or the cheap form of that ("factored"); controls: "shuffled" (the
+    diagonal's weights on other samples), "residual" (q = squared error), "gradncp" (q = GradNCP's
+    squared score); "pruned" keeps the `keep` share with the largest GradNCP score. `lam`, `cap`:
+    see `fisher.sample_weights`. `damping` is relative to mean F. `trainable`: the layers that move
+    (OML: the top ones), None for all.
     """
 
     weighting: Weighting = "none"
@@ -250,6 +253,9 @@ def _weights(
             q = fi.half_squared_error(values, targets)
         elif rule.weighting == "gradncp":
             q = score.square()
+        elif rule.weighting == "full":
+            g = fi.sample_scores(seen, d, rows)
+            q = fi.full_information(g, fi.full_fisher(g, rule.damping))
         elif rule.weighting == "factored":
             q = fi.factored_information(seen, d, rule.damping, rows)
         else:

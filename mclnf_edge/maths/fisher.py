@@ -25,6 +25,9 @@ from mclnf_edge.maths.fields import Field, Inputs, Params, Seen
 Fisher = dict[str, Tensor]
 """Diagonal of F, keyed and shaped as the parameters (modules first)."""
 
+FULL_PARAMETERS = 4096
+"""The largest network whose whole F, P x P, is formed (0.1 GB in double precision)."""
+
 RAYS_AT_ONCE = 64
 """Per-sample matrices of one layer that exist at the same time when `rows` > 1."""
 
@@ -48,16 +51,38 @@ def scores(field: Field, params: Params, coords: Tensor, targets: Tensor) -> Ten
     return torch.cat([grads[name].flatten(1) for name in params], dim=1)
 
 
+def sample_scores(taps: Sequence[Seen], grads: Sequence[Tensor], rows: int = 1) -> Tensor:
+    """The same from the layers' inputs and gradients, up to the sign, (..., N, P).
+
+    P runs over the layers, weights before biases.
+
+    Raises:
+        ValueError: more than `FULL_PARAMETERS` parameters.
+    """
+    sizes = [(t.inputs.shape[-1] + 1) * d.shape[-1] for t, d in zip(taps, grads, strict=True)]
+    if sum(sizes) > FULL_PARAMETERS:
+        raise ValueError(
+            f"the full Fisher matrix is for at most {FULL_PARAMETERS} parameters, received "
+            f'{sum(sizes)}; use "diagonal" or "factored"'
+        )
+    parts = []
+    for tap, d in zip(taps, grads, strict=True):
+        x, d = _per_sample(tap.inputs, rows), _per_sample(d, rows)
+        parts += [(x.mT @ d).flatten(-2), d.sum(-2)]
+    return torch.cat(parts, dim=-1)
+
+
 def full_fisher(g: Tensor, damping: float = 0.0) -> Tensor:
-    """Mean of g g^T over samples plus damping * trace/P * I: (N, P) -> (P, P)."""
-    matrix = g.T @ g / len(g)
-    ridge = damping * matrix.diagonal().mean()
-    return matrix + ridge * torch.eye(len(matrix), dtype=g.dtype, device=g.device)
+    """Mean of g g^T over samples plus damping * trace/P * I: (..., N, P) -> (..., P, P)."""
+    matrix = g.mT @ g / g.shape[-2]
+    ridge = damping * matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
+    unit = torch.eye(g.shape[-1], dtype=g.dtype, device=g.device)
+    return matrix + ridge[..., None, None] * unit
 
 
 def full_information(g: Tensor, matrix: Tensor) -> Tensor:
-    """q = g^T F^-1 g per sample with the whole matrix: (N, P), (P, P) -> (N,)."""
-    return torch.sum(g * torch.linalg.solve(matrix, g.T).T, dim=1)
+    """q = g^T F^-1 g per sample with the whole matrix: (..., N, P), (..., P, P) -> (..., N)."""
+    return torch.sum(g * torch.linalg.solve(matrix, g.mT).mT, dim=-1)
 
 
 def diagonal_moment(taps: Sequence[Seen], grads: Sequence[Tensor], rows: int = 1) -> Fisher:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 from meta_trainer.methods.base import Learning, Method, predict
@@ -10,12 +11,13 @@ from meta_trainer.methods.offline import Offline
 from meta_trainer.methods.replay import Replay
 from meta_trainer.methods.sequential import Ewc, Sequential
 
+_mer = partial(Replay, reptile=True, within=0.03)
 METHODS: dict[str, Method] = {
     "OL": Offline("OL", "random"),
     "CL": Sequential("CL", "random"),
     "ER": Replay("ER"),
     "EWC": Ewc(),
-    "MER": Replay("MER", reptile=True, within=0.03),
+    "MER": _mer("MER"),
     "MOL": Offline("MOL", "mol"),
     "MAML+CL": Sequential("MAML+CL", "maml-cl"),
     "OML": Sequential("OML", "oml", top=2),
@@ -26,25 +28,34 @@ METHODS: dict[str, Method] = {
 
 
 class Variant(NamedTuple):
-    """Another reading of the method called `own`, for data sets of these kinds."""
+    """Another reading of the method called `own`, for data sets of these kinds.
+
+    `lam` is the strength of its sample weights where that is not the usual one.
+    """
 
     own: str
     kinds: tuple[str, ...]
     method: Method
+    lam: float | None = None
 
 
-_SIGNALS = ("image", "video", "audio")
+_PICTURES = ("image", "video")
+_SIGNALS = (*_PICTURES, "audio")
 VARIANTS: dict[str, Variant] = {
     v.method.name: v
     for v in (
         Variant("MOL", (*_SIGNALS, "views"), Offline("MOL (one task's batch)", "mol", batches=1)),
         Variant("ER", (*_SIGNALS, "views"), Replay("ER (buffer 1/20)", share=0.05)),
-        Variant(
-            "MER", _SIGNALS, Replay("MER (buffer 1/20)", reptile=True, within=0.03, share=0.05)
-        ),
-        Variant("MER", _SIGNALS, Replay("MER (across 0.1)", reptile=True, within=0.03, across=0.1)),
+        Variant("MER", _SIGNALS, _mer("MER (buffer 1/20)", share=0.05)),
+        Variant("MER", _PICTURES, _mer("MER (across 0.1)", across=0.1)),
+        Variant("MER", _PICTURES, _mer("MER (buffer 1/20, across 0.1)", share=0.05, across=0.1)),
         Variant("EWC", ("views",), Ewc("EWC (strength 30)", strength=30.0)),
+        Variant("EWC", ("views",), Ewc("EWC (strength 300)", strength=300.0)),
+        Variant("OML", _PICTURES, Sequential("OML (top layer)", "oml", top=1)),
+        Variant("OML", _SIGNALS, Sequential("OML (top 3 layers)", "oml", top=3)),
         Variant("OML", ("views",), Sequential("OML (top 6 layers)", "oml", top=6)),
+        Variant("OML", ("views",), Sequential("OML (top 9 layers)", "oml", top=9)),
+        Variant("Ours (MIM)", ("views",), Modular("Ours (MIM) (lambda 0.01)", "mim"), lam=0.01),
     )
 }
 """Tried as causes where our order of two methods is not the paper's."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,15 +14,7 @@ from mclnf_edge.maths.adaptation import weighted_loss as outer_loss
 from mclnf_edge.maths.fields import Params, Siren, stack, unstack
 
 FIELD = Siren(2, 3, width=6, layers=3, omega=4.0)
-WEIGHTINGS: tuple[Weighting, ...] = (
-    "none",
-    "diagonal",
-    "factored",
-    "shuffled",
-    "residual",
-    "gradncp",
-    "pruned",
-)
+WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
 
 
 def gen(seed: int = 0) -> torch.Generator:
@@ -85,7 +77,7 @@ def test_rays_share_one_weight_and_one_gradient() -> None:
     torch.testing.assert_close(stats.weights, fisher.sample_weights(q, 0.7, 3.0))
 
 
-@pytest.mark.parametrize("weighting", ["none", "diagonal", "factored"])
+@pytest.mark.parametrize("weighting", ["none", "full", "diagonal", "factored"])
 def test_stacked_modules_adapt_as_single_ones(weighting: Weighting) -> None:
     rule = Rule(weighting, lam=0.5)
     starts, data = [start(i) for i in range(3)], [batch(i) for i in range(3)]

@@ -128,6 +128,20 @@ def test_full_information_sums_to_the_rank() -> None:
     torch.testing.assert_close(matrix, g.T @ g / 200 + ridge * torch.eye(6, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+def test_scores_from_the_layers_are_those_by_definition(rows: int) -> None:
+    params, coords, targets = problem()
+    g = fisher.scores(FIELD, params, coords, targets).view(N // rows, rows, -1).sum(1)
+    found = fisher.sample_scores(*taps_of(params, coords, targets), rows)
+    torch.testing.assert_close(found, -g)
+
+
+def test_the_full_matrix_is_for_tiny_networks() -> None:
+    wide = Tap("0", torch.zeros(2, 80), torch.zeros(2, 80))
+    with pytest.raises(ValueError, match="at most 4096 parameters, received 6480"):
+        fisher.sample_scores([wide], [wide.outputs])
+
+
 def test_full_information_does_not_depend_on_the_parametrisation() -> None:
     g = torch.randn(40, 5, generator=gen(1), dtype=torch.float64)
     change = torch.randn(5, 5, generator=gen(2), dtype=torch.float64)

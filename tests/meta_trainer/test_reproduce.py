@@ -145,7 +145,7 @@ def test_controls_sweep_lambda_and_start_alike(root: Path, out: Path) -> None:
     rows = reproduce.reproduce("controls", dataset="faces", root=root, out=out)["rows"]
     sweep = {r["method"]: r["best"] for r in rows if r["metric"] == "psnr-validation"}
     tests = {r["method"]: r for r in rows if r["metric"] == "psnr"}
-    assert len(sweep) == 5 and set(tests) == {"none", *reproduce.CONTROLS}
+    assert len(sweep) == len(reproduce.LAMBDAS) and set(tests) == {"none", *reproduce.CONTROLS}
     lam = tests["diagonal"]["lam"]
     assert sweep[f"lambda {lam:g}"] == max(sweep.values())
     assert len({r["last"] for r in tests.values()}) == 7
@@ -155,19 +155,22 @@ def test_controls_sweep_lambda_and_start_alike(root: Path, out: Path) -> None:
 
 
 def test_causes_run_further_and_read_methods_otherwise(root: Path, out: Path) -> None:
-    rows = reproduce.reproduce("causes", dataset="faces", root=root, out=out)["rows"]
-    longer = [r for r in rows if "steps)" in r["method"]]
+    both = reproduce.reproduce("causes", dataset="faces", root=root, out=out)["rows"]
+    rows = [r for r in both if r["metric"] == "psnr"]
+    assert [r["method"] for r in both if r["metric"] == "ssim"] == [r["method"] for r in rows]
+    longer = [r for r in rows if r["further"]]
     assert [r["method"] for r in longer] == [
         "MOL (to 32 steps)", "Ours (mod) (to 32 steps)", "Ours (MIM) (to 32 steps)",
+        "MAML+CL (to 16 steps)", "OML (to 16 steps)",
     ]  # fmt: skip
     table = reproduce.reproduce("table1", dataset="faces", root=root, out=out)["rows"]
     plain = {r["method"]: r for r in table}
-    assert all(list(r["curve"]) == ["1", "2", "4", "8", "16", "32"] for r in longer)
-    assert longer[1]["curve"]["4"] == plain["Ours (mod)"]["curve"]["4"]
+    assert [list(r["curve"])[-1] for r in longer] == ["32"] * 3 + ["16"] * 2
+    assert all(r["curve"]["4"] == plain[r["of"]]["curve"]["4"] for r in longer)
     others = [r for r in rows if r not in longer]
     assert [r["method"] for r in others] == [n for n, v in VARIANTS.items() if "image" in v.kinds]
     for row in others:
-        own = plain[VARIANTS[row["method"]].own]
+        own = plain[row["of"]]
         assert row["paper"] == own["paper"] and row["curve"] != own["curve"]
 
 
@@ -307,13 +310,23 @@ def test_a_diverged_run_has_no_mean() -> None:
 
 def test_explanations_name_the_changes_that_put_a_pair_in_order() -> None:
     def row(method: str, best: float, paper: float) -> dict[str, object]:
-        return {"dataset": "d", "method": method, "best": best, "paper": {"best": paper}}
+        return {"dataset": "d", "method": method, "metric": "psnr", "best": best,
+                "paper": {"best": paper}}  # fmt: skip
+
+    def changed(of: str, what: str, best: float) -> dict[str, object]:
+        return {"method": f"{of} ({what})", "of": of, "further": False, "best": best,
+                "metric": "psnr"}  # fmt: skip
+
+    def longer(of: str, curve: list[float | None]) -> dict[str, object]:
+        steps = {str(2**k): value for k, value in enumerate(curve)}
+        return {"method": f"{of} (to more steps)", "of": of, "further": True, "curve": steps,
+                "metric": "psnr"}  # fmt: skip
 
     rows = [row("MOL", 30, 20), row("Ours (mod)", 25, 22), row("ER", 10, 21), row("CL", 1, 1)]
-    tried = [row("MOL (one task's batch)", 24, 0), row("ER (buffer 1/20)", 9, 0),
-             row("MOL (to 32 steps)", 40, 0), row("Ours (mod) (to 32 steps)", 41, 0)]  # fmt: skip
+    tried = [changed("MOL", "one task's batch", 24), changed("ER", "buffer 1/20", 9),
+             longer("MOL", [1, 2, None, 50]), longer("Ours (mod)", [3, 2, 1])]  # fmt: skip
     assert list(explanations(rows, tried, "d")) == [
-        "MOL / Ours (mod): in order with MOL (one task's batch) or both (to 32 steps)",
+        "MOL / Ours (mod): in order with MOL (one task's batch) or both to 4 steps",
         "MOL / ER: not with any of 2 changes",
     ]
 
@@ -383,6 +396,10 @@ def test_report_has_tables_curves_and_panels(root: Path, out: Path) -> None:
     assert "| faces | Ours (MIM) |" in text and "best (paper)" in text and "Discrepancies" in text
     text = page.read_text()
     assert text.count("data:image/png;base64,") >= 2 and text.count("data:image/jpeg;base64,") >= 1
+    (out / "table1-smoke.json").write_text('{"target": "table1", "rows": []}')
+    with pytest.raises(ConfigError, match="another version"):
+        write_report(out)
+    (out / "table1-smoke.json").unlink()
     with pytest.raises(ConfigError, match="no results"):
         write_report(out / "figures")
 

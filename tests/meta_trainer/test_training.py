@@ -245,6 +245,13 @@ def test_checkpoint_of_another_configuration_is_refused(root: Path, tmp_path: Pa
         train(config(tmp_path / "o", inner_rate=0.5), root)
 
 
+def test_the_full_matrix_trains_tiny_networks_only(root: Path, tmp_path: Path) -> None:
+    train(config(tmp_path / "o", outer_steps=1, start="mim", weighting="full"), root)
+    wide = config(tmp_path / "w", outer_steps=1, start="mim", weighting="full", width=64)
+    with pytest.raises(ConfigError, match="at most 4096 parameters, received 4547"):
+        train(wide, root)
+
+
 def test_foreign_initializations_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     path.write_bytes(b"nonsense")

@@ -355,6 +355,10 @@ def test_a_capture_folder_and_the_controls(root: Path, flight: Path, tmp_path: P
                                out=tmp_path)["rows"]  # fmt: skip
     tried = {r["method"] for r in rows if r["metric"] == "psnr"}
     assert tried == {"none", *reproduce.CONTROLS}
+    rows = reproduce.reproduce("causes", dataset="matrixcity", root=root, out=tmp_path)["rows"]
+    mim = {r["method"]: r["curve"]["4"] for r in rows if r["of"] == "Ours (MIM)"}
+    assert set(mim) == {"Ours (MIM) (to 8 steps)", "Ours (MIM) (lambda 0.01)"}
+    assert len(set(mim.values())) == 2, "lambda counts"
     sums = reproduce.reproduce("table7", dataset="matrixcity", root=root, out=tmp_path)["rows"]
     assert sums[-1]["parameters"] == 4 * 698_372
     with pytest.raises(ConfigError, match="table3 is for image, video only"):
