@@ -30,7 +30,7 @@ test-slow: setup
 	$(BIN)/python -m pytest -q -m slow
 
 demo: setup
-	$(BIN)/mclnf-edge demo $(if $(DATA),--data $(DATA)) --seconds $(SECONDS) --out $(OUT)
+	$(BIN)/mclnf-edge demo $(if $(DATA),--data "$(DATA)") --seconds $(SECONDS) --out "$(OUT)"
 
 lint: setup
 	$(BIN)/ruff format --check .
@@ -45,4 +45,4 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache $(OUT)
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache "$(OUT)"

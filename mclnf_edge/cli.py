@@ -139,7 +139,7 @@ def publish(
     ],
     connect: Connect = DEFAULT_ADDRESS,
     rate: Annotated[float | None, typer.Option(metavar="HZ", help="Frames a second.")] = None,
-    split: Annotated[SplitName, typer.Option(help="Frames of a capture.")] = "train",
+    split: Annotated[SplitName, typer.Option(help="Frames of a capture to map.")] = "train",
     stream: Annotated[str | None, typer.Option(metavar="NAME", help="The stream's name.")] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Until all is adapted.")] = False,
     poses: Annotated[Path | None, typer.Option(metavar="FILE", help="Poses of a video.")] = None,
@@ -323,6 +323,9 @@ def evaluate(
     ] = None,
     split: Annotated[SplitName, typer.Option(help="Frames to compare with.")] = "test",
     device: Annotated[Device, typer.Option(help="Where to compute (with --map).")] = "auto",
+    config: Annotated[
+        Path | None, typer.Option(metavar="YAML", help="What --map was served with.")
+    ] = None,
     stream: Annotated[str | None, typer.Option(metavar="NAME", help="Of a signal.")] = None,
     rate: Annotated[float | None, typer.Option(metavar="HZ", help="Of a folder of frames.")] = None,
     world: World = None,
@@ -351,9 +354,11 @@ def evaluate(
         frame, frames = parse_world_flag(world), open_capture(capture)
         frames = frames if frame is None else frames.in_world(frame)
         if map_dir is not None:
+            from mclnf_edge.config import load_config
             from mclnf_edge.store import map_info
 
-            report = run(frames, local_renderer(map_dir, device), split, _say_view)
+            local = local_renderer(map_dir, device, load_config(config))
+            report = run(frames, local, split, _say_view)
             report["modules"] = map_info(map_dir)["modules"]
         else:
             with _client(connect, server_key, client_key) as client:

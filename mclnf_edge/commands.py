@@ -23,8 +23,10 @@ from mclnf_edge.captures import (
     open_video,
     parse_views,
 )
+from mclnf_edge.captures.capture import exists
 from mclnf_edge.client import Client
 from mclnf_edge.errors import CaptureError, ConfigError, FrameRejected
+from mclnf_edge.geometry import MAX_VIEW_PIXELS
 from mclnf_edge.report import PICTURES, write_bytes, write_depth, write_picture, write_video
 from mclnf_edge.types import Camera, Render, View, WorldFrame
 from mclnf_edge.wire.messages import Ack, Progress, Quality, RenderReply, ReplyEncoding
@@ -104,7 +106,8 @@ def publish(
     else:
         client.hello(stream=stream or source.name, world=source.world)
         pace = rate_hz if isinstance(source, Capture) else None
-        counts = client.publish(source, rate_hz=pace, on_ack=heard)
+        chosen = (replace(frame, split="train") for frame in source)  # to be learned from
+        counts = client.publish(chosen, rate_hz=pace, on_ack=heard)
     report: dict[str, Any] = {"stream": client.stream, "session": client.session}
     report |= {name: counts[name] for name in (*OUTCOMES, "spooled")}
     report |= {"rejections": rejections, "seconds": round(time.monotonic() - start, 3)}
@@ -180,7 +183,7 @@ def _views_of(pose: str, camera: Path | None, size: Size | None) -> list[View]:
     """Bare numbers without a camera look DEFAULT_VIEW_DEG across."""
     if camera is not None:
         return parse_views(pose, load_camera(camera))
-    if "#" in pose or Path(pose).exists():
+    if "#" in pose or exists(Path(pose)):
         return parse_views(pose)
     width, height = size or DEFAULT_SIZE
     focal = width / 2 / math.tan(math.radians(DEFAULT_VIEW_DEG) / 2)
@@ -198,7 +201,8 @@ def render_views(
     """Render and store every view: one picture, an mp4, or a folder of numbered PNGs.
 
     `out` in .mp4 takes all views; otherwise it is a picture for one view and a folder for many,
-    as `depth` is. Returns `views` and the `files` written.
+    as `depth` is. Views are rendered in `size`, else in their camera's, reduced to four megapixels
+    where that is larger. Returns `views` and the `files` written.
     """
     many = len(views) > 1
     out = out or Path("render.mp4" if many else "render.png")
@@ -210,7 +214,7 @@ def render_views(
 
     def pictures() -> Iterator[npt.NDArray[np.uint8]]:
         for i, view in enumerate(views):
-            rendered = client.render(view, *(size or (0, 0)), quality=quality)
+            rendered = client.render(view, *(size or _size_of(view.camera)), quality=quality)
             rows.append(_facts(rendered))
             if depth is not None:
                 files.append(depth / f"{i:06d}.png" if many else depth)
@@ -224,6 +228,12 @@ def render_views(
         files.append(out / f"{i:06d}.png" if many else out)
         write_picture(files[-1], rgb)
     return {"views": rows, "files": files}
+
+
+def _size_of(camera: Camera) -> Size:
+    """A camera's own size, reduced to what a daemon renders."""
+    scale = min(1.0, math.sqrt(MAX_VIEW_PIXELS / (camera.width * camera.height)))
+    return max(int(camera.width * scale), 1), max(int(camera.height * scale), 1)
 
 
 def _facts(rendered: Render) -> dict[str, Any]:

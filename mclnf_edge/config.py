@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import sys
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,13 +89,16 @@ class AdaptConfig(Section):
     rays_per_step: int = setting(2048, 1, 1 << 20)
     lr: float = setting(0.06, above=0, high=10)
     lr_mlp: float = setting(0.002, above=0, high=10)
-    weighting: Literal["none", "output-layer", "gradncp", "residual", "shuffled"] = "output-layer"
+    weighting: Literal["none", "output-layer", "diagonal", "gradncp", "residual", "shuffled"] = (
+        "output-layer"
+    )
     fisher_lambda: float = setting(0.1, 0)
     fisher_damping: float = setting(0.1, above=0)
     weight_clamp: float = setting(10.0, 1)
     robust_cap: float = setting(4.0, above=0)
     min_rays_per_frame: int = setting(2048, 1)
     budget_s_per_frame: float = setting(4.0, above=0)
+    gain_level: float = setting(0.0, 0, 1)
     seed: int = setting(0, 0, 2**31 - 1)
 
 
@@ -253,7 +257,7 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         if get_origin(option) is Literal and value in get_args(option):
             return value
         if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            if not math.isfinite(value):
+            if abs(value) > sys.float_info.max or not math.isfinite(value):
                 break
             return float(value)
         if isinstance(option, type) and isinstance(value, option):

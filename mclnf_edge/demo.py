@@ -18,9 +18,8 @@ import yaml
 from mclnf_edge.captures import Capture, open_capture, view_of
 from mclnf_edge.client import Client
 from mclnf_edge.errors import CaptureError, MclnfError, Unreachable
-from mclnf_edge.evaluate import evaluate
+from mclnf_edge.evaluate import evaluate, held_out
 from mclnf_edge.geometry import interpolate_pose
-from mclnf_edge.images import decode_image, undistort
 from mclnf_edge.report import Pair, contact_sheet, write_json, write_picture, write_video
 from mclnf_edge.types import Render, View
 from mclnf_edge.wire.messages import Progress
@@ -43,6 +42,9 @@ def run_demo(data: Path | None, seconds: float, out: Path, say: Say) -> dict[str
     out.mkdir(parents=True, exist_ok=True)
     capture = open_capture(data or _generated_city(out, say))
     train = capture.split("train")
+    for split in ("train", "test"):
+        if not len(capture.split(split)):
+            raise CaptureError(f"{capture.name}: no frame of split {split!r}")
     say(f"{capture.name}: {len(train)} frames to map, {len(capture.split('test'))} held out")
     settings = {"adapt": {"budget_s_per_frame": seconds / max(len(train), 1), "passes": 1000.0}}
     with tempfile.TemporaryDirectory() as scratch:
@@ -140,9 +142,7 @@ def _pairs(client: Client, capture: Capture, figures: dict[str, Any]) -> list[Pa
     pairs = []
     for i in range(0, len(frames), step):
         frame = frames[i]
-        truth, camera, _ = undistort(
-            decode_image(frame.image, frame.encoding, frame.camera), frame.camera
-        )
+        truth, camera, _ = held_out(frame)
         done = _shown(client, replace(view_of(frame, capture), camera=camera, exposure=None))
         caption = f"{figures['views'][i]['frame']}: {figures['views'][i]['psnr']:.1f} dB"
         pairs.append(Pair(truth, done.rgb, caption))

@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mclnf_edge.captures import Capture, SplitFilter, view_of
 from mclnf_edge.errors import CaptureError, ConfigError
-from mclnf_edge.images import decode_image, undistort
-from mclnf_edge.maths.metrics import aligned, psnr, ssim
-from mclnf_edge.types import Render, View
+from mclnf_edge.images import decode_image, reduced, undistort
+from mclnf_edge.maths.metrics import SSIM_WINDOW, aligned, psnr, ssim
+from mclnf_edge.types import Camera, Frame, Render, View
 
+if TYPE_CHECKING:
+    from mclnf_edge.config import ServeConfig
+
+EDGE_PX = 1920
+"""Larger pictures are compared at this width or height: maps learn from 960 pixels."""
 KNOWN = 0.5
 """A pixel counts as known when at least this share of its ray ends in seen matter."""
 
@@ -38,8 +43,7 @@ def evaluate(
         raise CaptureError(f"{capture.name}: no frame of split {split!r}")
     views: list[dict[str, Any]] = []
     for i, frame in enumerate(frames):
-        picture = decode_image(frame.image, frame.encoding, frame.camera)
-        truth, camera, valid = undistort(picture, frame.camera)
+        truth, camera, valid = held_out(frame)
         done = render(replace(view_of(frame, capture), camera=camera))
         views.append({"frame": frame.name or str(frame.seq), **compare(done, truth, valid)})
         progress(i + 1, len(frames))
@@ -48,6 +52,14 @@ def evaluate(
         for key in ("psnr", "psnr_known", "psnr_aligned", "ssim", "known")
     }
     return {"capture": capture.name, "split": split, **means, "views": views}
+
+
+def held_out(
+    frame: Frame,
+) -> tuple[npt.NDArray[np.uint8], Camera, npt.NDArray[np.bool_]]:
+    """What a view is compared with: picture, pinhole camera, mask; at most `EDGE_PX` a side."""
+    picture = decode_image(frame.image, frame.encoding, frame.camera)
+    return reduced(*undistort(picture, frame.camera), EDGE_PX)
 
 
 def compare(
@@ -59,13 +71,17 @@ def compare(
         "psnr": psnr(done.rgb, truth, valid),
         "psnr_known": psnr(done.rgb, truth, known) if known.any() else None,
         "psnr_aligned": aligned(done.rgb, truth, valid),
-        "ssim": ssim(done.rgb, truth),
+        "ssim": ssim(done.rgb, truth) if min(truth.shape[:2]) >= SSIM_WINDOW else None,
         "known": float(known.sum() / max(valid.sum(), 1)),
     }
 
 
-def local_renderer(map_dir: Path, device: str = "auto") -> Callable[[View], Render]:
+def local_renderer(
+    map_dir: Path, device: str = "auto", config: ServeConfig | None = None
+) -> Callable[[View], Render]:
     """A renderer over the closed modules of a map on disk, without a daemon.
+
+    `config` is what it was served with, where that is not the default.
 
     Raises StoreError when there is no map, Corrupt when a module's checksum is wrong, DeviceError
     without the device.
@@ -77,7 +93,7 @@ def local_renderer(map_dir: Path, device: str = "auto") -> Callable[[View], Rend
     from mclnf_edge.mapping.sites import Sites
     from mclnf_edge.store import MapStore
 
-    settings = ServeConfig()
+    settings = config or ServeConfig()
     with MapStore.open(map_dir, create=False, read_only=True) as store:
         if "field" not in store.meta():
             raise ConfigError(f"--map {map_dir}: expected a map of posed frames")

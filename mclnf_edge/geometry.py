@@ -32,6 +32,8 @@ MAX_COORDINATE_M: Final = 1e8
 """Positions beyond this are refused; map projections and ECEF stay below 5e7."""
 MAX_SIDE_PX: Final = 32_766
 """OpenCV resamples pictures whose sides are below 2^15 − 1."""
+MAX_VIEW_PIXELS: Final = 4_000_000
+"""Larger views take tens of seconds, and a compute thread counts as hung after 60."""
 MAX_PIXELS: Final = 2**26
 """Largest picture, in pixels (67 million), whatever its header claims."""
 

@@ -229,6 +229,17 @@ def undistort(rgb: RGB, camera: Camera) -> tuple[RGB, Camera, Mask]:
     return cast(RGB, picture), pinhole, valid
 
 
+def reduced(rgb: RGB, camera: Camera, valid: Mask, edge_px: int) -> tuple[RGB, Camera, Mask]:
+    """A picture (H, W, 3), its pinhole camera and (H, W) mask, at most `edge_px` wide and high."""
+    scale = min(1.0, edge_px / max(camera.width, camera.height))
+    if scale == 1:
+        return rgb, camera, valid
+    w, h = max(round(camera.width * scale), 1), max(round(camera.height * scale), 1)
+    small = cv2.resize(rgb, (w, h), interpolation=cv2.INTER_AREA)
+    counts = cv2.resize(valid.astype(np.uint8), (w, h), interpolation=cv2.INTER_NEAREST) > 0
+    return cast(RGB, small), camera.scaled(w, h), counts
+
+
 def undistort_layer(layer: npt.NDArray[Any], camera: Camera) -> npt.NDArray[Any]:
     """Resample a mask or depth picture (H, W) like `undistort`, by the nearest pixel.
 

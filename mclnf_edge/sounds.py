@@ -16,6 +16,8 @@ from mclnf_edge.errors import CaptureError, FrameRejected
 
 Samples = npt.NDArray[np.float32]
 WIDTHS = {"s16le": 2, "f32le": 4}
+MOST = 16.0
+"""Samples further beyond full scale are no sound: an error squared would end in infinity."""
 
 
 def decode_sound(data: bytes, encoding: str, shape: tuple[int, ...]) -> Samples:
@@ -39,6 +41,11 @@ def decode_sound(data: bytes, encoding: str, shape: tuple[int, ...]) -> Samples:
         values = np.frombuffer(data, "<f4").astype(np.float32)
     if not np.isfinite(values).all():
         raise FrameRejected("audio: expected finite samples, received NaN or infinity")
+    if len(values) and np.abs(values).max() > MOST:
+        raise FrameRejected(
+            f"audio: expected samples of at most {MOST:g} times full scale, received "
+            f"{np.abs(values).max():g}"
+        )
     return np.asarray(values.reshape(shape).mean(1), np.float32)
 
 

@@ -19,7 +19,10 @@ from typer.testing import CliRunner
 from mclnf_edge.cli import _say_status, app
 from mclnf_edge.commands import views_of
 from mclnf_edge.daemon.security import Keyring
-from mclnf_edge.types import WorldFrame
+from mclnf_edge.evaluate import held_out
+from mclnf_edge.images import encode_image
+from mclnf_edge.types import Camera, Frame, WorldFrame
+from mclnf_edge.wire.messages import PutFrame
 from tests.wire.echo import EchoDaemon
 
 POSE = [[1, 0, 0, 5], [0, 1, 0, 6], [0, 0, 1, 77], [0, 0, 0, 1]]
@@ -108,8 +111,11 @@ def test_publish_sends_the_train_split_once(daemon: EchoDaemon, capture: Path) -
 
 
 def test_publish_says_what_came_of_it_and_waits(daemon: EchoDaemon, capture: Path) -> None:
+    daemon.kept.clear()
     out, _ = run("publish", capture, "--connect", daemon.address, "--split", "all", "--wait")
     assert "flight: 4 accepted" in out
+    kept = [put for put in daemon.kept.values() if isinstance(put, PutFrame)]
+    assert [put.frame.split for put in kept] == ["train"] * 4, "what is sent is to be mapped"
     assert daemon.asked["drain"] >= 1
 
 
@@ -200,6 +206,38 @@ def test_render_many_poses_to_a_folder_and_a_film(
     assert int(film.get(cv2.CAP_PROP_FRAME_COUNT)) == 2
     _, errors = run(*words, "--out", tmp_path / "one.png", code=2)
     assert "2 views need a name in .mp4 or a folder" in errors
+
+
+def test_views_of_large_cameras_are_rendered_smaller(daemon: EchoDaemon, tmp_path: Path) -> None:
+    """A daemon renders four megapixels; cameras of drones have twenty."""
+    pose = tmp_path / "pose.json"
+    camera = {"w": 5472, "h": 3648, "fl_x": 4000.0, "fl_y": 4000.0, "cx": 2736.0, "cy": 1824.0}
+    pose.write_text(json.dumps({**camera, "transform_matrix": POSE}))
+    words = ("render", "--pose", pose, "--out", tmp_path / "v.png", "--connect", daemon.address)
+    (view,) = run_json(*words)["views"]
+    assert view["width"] / view["height"] == pytest.approx(1.5, abs=0.01)
+    assert 3.9e6 < view["width"] * view["height"] <= 4e6
+    (view,) = run_json(*words, "--size", "300x200")["views"]
+    assert (view["width"], view["height"]) == (300, 200)
+
+
+def test_a_capture_without_held_out_frames_is_no_demo(capture: Path, tmp_path: Path) -> None:
+    facts = json.loads((capture / "transforms.json").read_text())
+    facts["frames"] = [f | {"split": "train"} for f in facts["frames"]]
+    (capture / "transforms.json").write_text(json.dumps(facts))
+    _, errors = run("demo", "--data", capture, "--out", tmp_path / "out", code=2)
+    assert "no frame of split 'test'" in errors and not list((tmp_path / "out").glob("map*"))
+
+
+def test_large_pictures_are_compared_smaller() -> None:
+    camera = Camera(2600, 1600, 2000.0, 2000.0, 1300.0, 800.0)
+    pixels = np.zeros((1600, 2600, 3), np.uint8)
+    pixels[:, 1300:] = 200
+    image = encode_image(pixels, "png")
+    truth, small, valid = held_out(Frame(0, 0.0, image, "png", camera, np.eye(4)))
+    assert truth.shape == (1182, 1920, 3) and valid.shape == (1182, 1920) and valid.all()
+    assert (small.width, small.height) == (1920, 1182) and small.cx == pytest.approx(960)
+    assert truth[:, :959].max() == 0 and truth[:, 961:].min() == 200
 
 
 def test_render_a_span_of_sound(daemon: EchoDaemon, tmp_path: Path) -> None:

@@ -426,3 +426,9 @@ def test_a_publisher_needs_neither_torch_nor_numba_nor_onnxruntime(daemon: EchoD
 def test_the_import_blocker_blocks(daemon: EchoDaemon) -> None:
     done = run_blocked({"msgpack"}, daemon.address)
     assert done.returncode != 0 and "blocked: msgpack" in done.stderr
+
+
+@pytest.mark.parametrize("address", ["localhost:7710", "foo", "tcp://127.0.0.1", "tcp://h:port"])
+def test_what_is_no_address_is_named(address: str) -> None:
+    with pytest.raises(ConfigError, match="expected tcp://HOST:PORT"):
+        Client(address, give_up_s=5).status()

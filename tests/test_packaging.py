@@ -124,9 +124,9 @@ def test_make_targets_exist(target: str) -> None:
 
 
 def test_make_demo_passes_its_settings_on() -> None:
-    words = ["make", "-n", "demo", "DATA=a/b", "SECONDS=7"]
+    words = ["make", "-n", "demo", "DATA=my flights/b", "SECONDS=7"]
     done = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True)
-    assert "demo --data a/b --seconds 7" in done.stdout
+    assert 'demo --data "my flights/b" --seconds 7' in done.stdout
 
 
 def tracked_copy(folder: Path) -> Path:

@@ -26,6 +26,11 @@ RESENT = "a resent frame is no second frame"
 CLOSED = "closed versions stay as they are, byte for byte"
 PROBES = "a later version replaces its parent only if it shows its probes as well"
 RESTART = "a restart learns on bit for bit"
+LATER = "what a later task sees changes nothing of an ended one's modules"
+OTHERS = "the end of a stream's task closes no other stream's modules"
+POSE = "one wrong pose does not sink the ground"
+EMPTIED = "an emptied ledger is refused, its modules stay"
+OPEN = "damaged checkpoints cost open work alone"
 ENDED = "a request to close a task is kept"
 PICTURES = "no picture of a closed task stays on disk"
 DAMAGED = "a damaged module is quarantined, the rest is served"
@@ -53,6 +58,7 @@ _ORDER = (_POWER + "test_a_cut_right_after_a_promise_finds_it_kept",)
 _FAULTS = "tests/daemon/test_faults.py::"
 _SERVE = "tests/daemon/test_serve.py::"
 _MAP = "tests/store/test_map_store.py::"
+_MAPPER = "tests/mapping/test_mapper.py::"
 _MIRROR = "tests/daemon/test_mirror.py::"
 _CLIENT = "tests/test_client.py::"
 _KEYS = "tests/daemon/test_security.py::"
@@ -113,7 +119,7 @@ MECHANISMS = (
     ),
     Mechanism(
         DISK, "SQLite's full disk is no DiskFull", "mclnf_edge/store/database.py",
-        '("disk is full", "disk I/O error", "readonly database")', '("disk I/O error",)',
+        '("disk is full", "disk I/O error", ', '("disk I/O error", ',
         ("tests/store/test_faults.py::test_a_full_disk_refuses_and_goes_on_when_there_is_room",),
     ),
     Mechanism(
@@ -142,7 +148,7 @@ MECHANISMS = (
         CLOSED, "a closed module still takes steps", "mclnf_edge/mapping/modules.py",
         "        self.rewritten.add(module.slot)\n        self.owner[module.slot] = -1\n",
         "        self.rewritten.add(module.slot)\n",
-        ("tests/mapping/test_mapper.py::test_what_is_closed_stays_as_it_is",),
+        (_MAPPER + "test_what_is_closed_stays_as_it_is",),
     ),
     Mechanism(
         PROBES, "any later version replaces its parent", "mclnf_edge/mapping/revisits.py",
@@ -152,12 +158,12 @@ MECHANISMS = (
     Mechanism(
         RESTART, "the order of rays starts anew", "mclnf_edge/mapping/checkpoint.py",
         '    mapper.random.bit_generator.state = meta["random"]\n', "",
-        ("tests/mapping/test_mapper.py::test_a_restart_changes_no_bit",),
+        (_MAPPER + "test_a_restart_changes_no_bit",),
     ),
     Mechanism(
         RESTART, "the networks' moments start anew", "mclnf_edge/mapping/checkpoint.py",
-        '        getattr(pool, name)[m.row] = arrays[f"{m.id}/{name}"]\n', "        pass\n",
-        ("tests/mapping/test_mapper.py::test_a_restart_changes_no_bit",),
+        "            own[m.row] = kept\n", "            pass\n",
+        (_MAPPER + "test_a_restart_changes_no_bit",),
     ),
     Mechanism(
         ENDED, "the request is not in the ledger", "mclnf_edge/daemon/worker.py",
@@ -361,5 +367,34 @@ MECHANISMS = (
         "        if type(value) not in (int, float) or not math.isfinite(value):\n",
         "        if False:\n",
         ("tests/wire/test_fuzz.py::test_decoder_survives_twenty_thousand_malformed_messages",),
+    ),
+    Mechanism(
+        LATER, "an ended task's module learns from the next one's frames",
+        "mclnf_edge/mapping/mapper.py",
+        "return module is None or not self._ended_all(module) or frame.task in module.tasks",
+        "return True",
+        (_MAPPER + "test_what_a_later_task_sees_waits_for_the_next_version",),
+    ),
+    Mechanism(
+        OTHERS, "every open module is asked to close", "mclnf_edge/mapping/mapper.py",
+        "if stream in self.streams_of(module) if name is None else name in module.tasks:",
+        "if True:",
+        (_MAPPER + "test_the_end_of_a_streams_task_closes_what_its_frames_are_in",),
+    ),
+    Mechanism(
+        POSE, "ground at any depth is believed", "mclnf_edge/mapping/structure.py",
+        "                points = points[points[:, 2] > deepest]\n", "",
+        (_MAPPER + "test_one_wrong_pose_does_not_sink_the_ground",),
+    ),
+    Mechanism(
+        EMPTIED, "a ledger that knows nothing is a new map's", "mclnf_edge/store/map_store.py",
+        "            _refuse_empty_ledger(store)\n", "",
+        (_MAP + "test_an_emptied_ledger_is_no_reason_to_tidy_modules_away",),
+    ),
+    Mechanism(
+        OPEN, "a damaged checkpoint ends the start", "mclnf_edge/daemon/worker.py",
+        "            self.store.checkpoint_set_aside(OPEN_WORK)\n            return None\n",
+        "            raise\n",
+        ("tests/daemon/test_worker.py::test_damaged_checkpoints_lose_open_work_not_the_map",),
     ),
 )  # fmt: skip

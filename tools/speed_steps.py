@@ -53,7 +53,7 @@ def rays(data: Path) -> Row:
         return run
 
     runs = {"plain": steps("none"), "output-layer": steps("output-layer")}
-    runs |= {"gradncp": steps("gradncp"), "residual": steps("residual")}
+    runs |= {name: steps(name) for name in ("diagonal", "gradncp", "residual")}
     rows = compare(interleaved(runs, 12), "plain", 10)
     return {
         "goal_ratio": 1.1, "rays": optimizer.rays, "modules": len(flight.mapper.modules),

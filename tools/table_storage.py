@@ -82,7 +82,13 @@ def store(pool: ModulePool, learned: dict[str, F32], storage: str) -> float:
             bits = BITS[storage]
             kept = quantized(kept, pool.layout, bits)
         elif bits == 16:
-            kept = kept.astype(np.float16).astype(np.float32)
+            low, inverse = (pool.band[: len(kept), i, None, None] for i in (0, 1))
+            if name == "surface":  # is stored as a share of the module's height band
+                kept = (
+                    low + ((kept - low) * inverse).astype(np.float16).astype(np.float32) / inverse
+                )
+            else:
+                kept = kept.astype(np.float16).astype(np.float32)
         getattr(pool, name)[...] = kept
         size += kept[0].size * bits / 8
     return size

@@ -1,10 +1,11 @@
 """Which weights of rays help, on real captures: `python tools/table_weights.py [CAPTURE ...]`.
 
 Every setting takes the same steps from the same seeded modules and the shipped initialization, with
-the same rays: Fisher weights (on), none (off), the controls (GradNCP's score, squared residual,
-Fisher weights shuffled within the batch), and sweeps of fisher_lambda and, in run 0 only, of its
-damping and the clamps. Run r has seed r and a split of its own (`measure.RUNS`), so that a capture
-of 18 frames has more than two held-out views; settings are compared view by view within a run.
+the same rays: Fisher weights of the output layer (on), of every parameter (exact), none (off), the
+controls (GradNCP's score, squared residual, Fisher weights shuffled within the batch), and sweeps
+of fisher_lambda and, in run 0 only, of its damping and the clamps. Run r has seed r and a split of
+its own (`measure.RUNS`), so that a capture of 18 frames has more than two held-out views; settings
+are compared view by view within a run.
 Stopped and started again it goes on. Writes table_weights.json and .png.
 """
 
@@ -34,6 +35,7 @@ LAST = 64
 SETTINGS: dict[str, dict[str, Any]] = {
     "on": {},
     "off": {"weighting": "none"},
+    "exact": {"weighting": "diagonal"},
     "gradncp": {"weighting": "gradncp"},
     "residual": {"weighting": "residual"},
     "shuffled": {"weighting": "shuffled"},

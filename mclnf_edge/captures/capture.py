@@ -17,6 +17,8 @@ from mclnf_edge.world_frames import beginning_at
 
 SplitFilter = Literal["train", "val", "test", "all"]
 SPLITS: Final = ("train", "val", "test", "all")
+_MAX_NAME: Final = 128
+"""Characters of a stream's name on the wire, which a capture's becomes."""
 TEST_EVERY: Final = 8
 """Without a split of its own, a capture's 8th, 16th, ... frame is `test`."""
 
@@ -167,6 +169,7 @@ def make_capture(
     Without timestamps the place in that order counts as seconds. Where no record carries a split,
     every TEST_EVERY-th frame is `test`. Raises CaptureError, naming the frame.
     """
+    name = _printable(name)[:_MAX_NAME] or "capture"
     if not records:
         raise CaptureError(f"{name}: the capture holds no frames")
     _require_files(name, records)
@@ -196,8 +199,29 @@ def natural_key(name: str) -> list[tuple[int, str]]:
     return [(int(p), "") if p.isascii() and p.isdigit() else (-1, p) for p in parts]
 
 
+def is_file(path: Path) -> bool:
+    """Whether a file has this name; False, too, for what can be no file's name."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # longer than a name may be, or with a NUL in it
+        return False
+
+
+def exists(path: Path) -> bool:
+    """The same for a file or a folder."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _printable(text: str) -> str:
+    """A name as it may be sent: folders and pictures are called all sorts of things."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
 def _require_files(name: str, records: Sequence[Record]) -> None:
-    missing = [r for r in records if not r.image.is_file()]
+    missing = [r for r in records if not is_file(r.image)]
     if not missing:
         return
     first = missing[0]
@@ -212,7 +236,9 @@ def _checked(name: str, record: Record) -> Record:
     where = f"{name}: frame {record.name!r}"
     try:
         check_camera(record.camera, where)
-        return replace(record, T_world_camera=check_pose(record.T_world_camera, where))
+        pose = check_pose(record.T_world_camera, where)
+        pose[3] = (0.0, 0.0, 0.0, 1.0)  # also where it was written as 1.0000001
+        return replace(record, T_world_camera=pose)
     except FrameRejected as error:
         raise CaptureError(str(error)) from None
 
@@ -242,7 +268,7 @@ def read_frame(record: Record) -> Frame:
         mask = record.mask() if record.mask else None
         for png in filter(None, (depth, mask)):
             check_image(png, "png", camera)
-    except (OSError, FrameRejected) as error:
+    except (OSError, ValueError, FrameRejected) as error:  # ValueError: a path with a NUL
         _refuse(record, error)
     meta = dict(record.meta)
     if camera != record.camera:
@@ -257,7 +283,7 @@ def read_frame(record: Record) -> Frame:
         encoding=info.encoding,
         camera=camera,
         T_world_camera=record.T_world_camera,
-        name=record.name,
+        name=_printable(record.name)[-512:],
         split=record.split or "train",
         task=record.task,
         exposure=exposure,

@@ -35,9 +35,12 @@ def load_json(path: Path) -> dict[str, Any]:
 def number(keys: Mapping[str, Any], key: str, where: str, default: float | None = None) -> float:
     """A finite number under `key`; CaptureError when it is missing or something else."""
     value = keys.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise CaptureError(f"{where}: expected a number for {key!r}, received {value!r}")
-    return float(value)
+    try:
+        if not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value):
+            return float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        pass
+    raise CaptureError(f"{where}: expected a number for {key!r}, received {value!r:.80}")
 
 
 def camera_from_keys(

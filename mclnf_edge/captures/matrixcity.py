@@ -69,7 +69,7 @@ def open_matrixcity(path: Path) -> Capture:
             notes.append("depth EXR files are left out: the package OpenEXR is not installed")
         else:
             records = [_with_depth(record) for record in records]
-    return make_capture(files[0].parent.name, "matrixcity", WorldFrame(), records, notes)
+    return make_capture(files[0].resolve().parent.name, "matrixcity", WorldFrame(), records, notes)
 
 
 def _raw_with_test(file: Path, content: dict[str, Any]) -> list[Record]:

@@ -138,7 +138,10 @@ def _is_picture(path: Path) -> bool:
 
 
 def _picture(path: Path) -> npt.NDArray[Any]:
-    bgr = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    try:
+        bgr = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    except cv2.error as error:  # a header that asks for more pixels than OpenCV makes
+        raise CaptureError(f"{path}: cannot be read as a picture ({error})") from None
     if bgr is None:
         raise CaptureError(f"{path}: cannot be read as a picture")
     return np.asarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), np.uint8)

@@ -58,7 +58,7 @@ def open_transforms(path: Path) -> Capture:
     worlds = {read_world(content, str(file)) for file, content in zip(files, contents, strict=True)}
     if len(worlds) > 1:
         raise CaptureError(f"{path}: its files name different world frames")
-    return make_capture(files[0].parent.name, "transforms", worlds.pop(), records, notes)
+    return make_capture(files[0].resolve().parent.name, "transforms", worlds.pop(), records, notes)
 
 
 def transforms_files(path: Path) -> list[Path]:
@@ -89,7 +89,7 @@ def read_matrix(frame: Mapping[str, Any], key: str, where: str) -> Matrix4:
     """A 3x4 or 4x4 matrix of finite numbers as (4, 4) float64; its last row is left as written."""
     try:
         matrix = np.array(frame.get(key), dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         matrix = np.empty(0)
     if matrix.shape == (3, 4):
         matrix = np.vstack([matrix, [0.0, 0.0, 0.0, 1.0]])
@@ -142,9 +142,9 @@ def _read_file(file: Path, content: dict[str, Any]) -> tuple[list[Record], list[
     listed = _listed_splits(content, file)
     notes = [f"{key} is kept in meta, not applied" for key in _POSE_NOTES if key in content]
     if listed:
-        used = [f for f in frames if f.get("file_path") in listed]
+        used = [f for f in frames if str(f.get("file_path")) in listed]
         if len(used) < len(listed):
-            missing = sorted(set(listed) - {f.get("file_path") for f in used})
+            missing = sorted(set(listed) - {str(f.get("file_path")) for f in used})
             raise CaptureError(f"{file}: listed in a split but not under 'frames': {missing[:3]}")
         if len(used) < len(frames):
             notes.append(f"{len(frames) - len(used)} frames in no *_filenames list are left out")

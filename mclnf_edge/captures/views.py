@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mclnf_edge.captures.capture import SPLITS, Capture, SplitFilter
+from mclnf_edge.captures.capture import SPLITS, Capture, SplitFilter, exists, is_file
 from mclnf_edge.captures.detect import open_capture
 from mclnf_edge.captures.intrinsics import INTRINSIC_KEYS, camera_from_keys, load_json, number
 from mclnf_edge.captures.transforms import frames_of, read_matrix, read_world
@@ -35,9 +35,9 @@ def parse_views(text: str, camera: Camera | None = None) -> list[View]:
     intrinsics are given. Raises CaptureError.
     """
     place, hash_mark, key = text.rpartition("#")
-    if hash_mark and Path(place).exists():
+    if hash_mark and exists(Path(place)):
         return _capture_views(Path(place), key)
-    if Path(text).is_file():
+    if is_file(Path(text)):
         return _file_views(Path(text), camera)
     words = [word for word in re.split(r"[\s,;\[\]]+", text) if word]
     try:

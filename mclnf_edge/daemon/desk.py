@@ -24,7 +24,7 @@ from mclnf_edge.daemon.sockets import ROUND, Incoming
 from mclnf_edge.daemon.worker import Worker, pack_frame
 from mclnf_edge.errors import DiskFull, FrameRejected, MclnfError, ProtocolError
 from mclnf_edge.geometry import check_camera, check_pose
-from mclnf_edge.images import check_decodes
+from mclnf_edge.mapping.frames import check_frame
 from mclnf_edge.mapping.pieces import decode_piece
 from mclnf_edge.mapping.sites import Place, Sites
 from mclnf_edge.store import DURABILITY, FrameRow, MapStore
@@ -297,10 +297,10 @@ class Desk(threading.Thread):
         frame = opengl_frame(put.frame, stream.axes)  # type: ignore[arg-type]
         check_camera(frame.camera, "frame.camera")
         pose = check_pose(frame.T_world_camera, "frame.T_world_camera")
-        check_decodes(frame.image, frame.encoding, frame.camera)
+        check_frame(frame)
         payload = None
         site, pose = stream.place(pose)
-        if not self._hovers(stream, pose):
+        if frame.split == "train" and not self._hovers(_name(put), stream, pose):
             stream.last_pose = pose
             kept = replace(put, frame=replace(frame, T_world_camera=pose))
             payload = pack_frame(site, encode(kept))
@@ -320,14 +320,15 @@ class Desk(threading.Thread):
         payload = pack_frame(0, encode(put)) if signal.split == "train" else None
         return FrameRow(put.session, put.stream, signal.seq, signal.timestamp, payload)
 
-    def _hovers(self, stream: _Stream, pose: Matrix4) -> bool:
-        """Whether a picture adds no parallax to the last one that was taken."""
+    def _hovers(self, name: str, stream: _Stream, pose: Matrix4) -> bool:
+        """Whether a picture adds no parallax to the last one that was taken of stream `name`."""
         last = stream.last_pose
         if last is None:
             return False
         moved = float(np.linalg.norm(pose[:3, 3] - last[:3, 3]))
         turned = float(np.dot(pose[:3, 2], last[:3, 2]))
-        return moved < self.worker.hover_m and turned > float(np.cos(np.radians(1.0)))
+        near = moved < self.worker.hover_m.get(name, 1e-3)
+        return near and turned > float(np.cos(np.radians(1.0)))
 
     def _commit(self, puts: list[_Put], acks: dict[bytes, list[Ack]]) -> None:
         """One transaction for all frames of the round; they are answered after it is durable."""
@@ -361,12 +362,13 @@ class Desk(threading.Thread):
     # -- streams and tasks ----------------------------------------------------------------------
 
     def _end_task(self, message: CloseTask) -> Closed:
-        """The task that was named, else every module that is open now."""
-        self.worker.end_task(f"{message.session}/{message.stream}", message.task)
+        """The task that was named, else every module of the stream that is open now."""
+        name = _name(message)
+        self.worker.end_task(name, message.task)
         if message.task is not None:
             return Closed(id=message.id, tasks=(message.task,))
         modules = self.worker.state["modules"]
-        learning = tuple(m["id"] for m in modules if m["state"] in ("open", "adapting"))
+        learning = tuple(m["id"] for m in modules if name in m.get("streams", ()))
         return Closed(id=message.id, tasks=learning)
 
     def _greet(self, peer: bytes, hello: Hello) -> Welcome:
@@ -425,6 +427,11 @@ def answering(incoming: Incoming, reply: Reply) -> Iterator[None]:
         reply(incoming.peer, error_reply(error, incoming.parts))
         told = "from %s: %s: %s", incoming.user.name, error.code, error
         log.warning(*told, extra={"code": error.code})
+
+
+def _name(message: Put | CloseTask) -> str:
+    """What the mapper calls a stream."""
+    return f"{message.session}/{message.stream}"
 
 
 def _bytes(incoming: Incoming) -> int:

@@ -7,16 +7,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from mclnf_edge.errors import ProtocolError
-from mclnf_edge.geometry import check_camera, check_pose
+from mclnf_edge.geometry import MAX_VIEW_PIXELS, check_camera, check_pose
 from mclnf_edge.images import encode_image
 from mclnf_edge.inference.renderer import Renderer
 from mclnf_edge.mapping.mapper import Mapper
 from mclnf_edge.types import Camera, Render, View
 from mclnf_edge.wire.messages import RenderReply, RenderRequest
 from mclnf_edge.wire.planes import pack_plane
-
-MAX_PIXELS = 4_000_000
-"""More take tens of seconds, and a compute thread counts as hung after 60."""
 
 _MOST_NAMES = 4096
 
@@ -75,10 +72,10 @@ def _sized(request: RenderRequest) -> View:
         width = request.width or max(round(camera.width * request.height / camera.height), 1)
         height = request.height or max(round(camera.height * request.width / camera.width), 1)
         camera = camera.scaled(width, height)
-    if camera.width * camera.height > MAX_PIXELS:
+    if camera.width * camera.height > MAX_VIEW_PIXELS:
         raise ProtocolError(
-            f"render: expected at most {MAX_PIXELS // 10**6} megapixels, "
-            f"received {camera.width}x{camera.height}"
+            f"render: expected at most {MAX_VIEW_PIXELS // 10**6} megapixels, received "
+            f"{camera.width}x{camera.height}; ask for a smaller size"
         )
     return replace(view, camera=camera)
 

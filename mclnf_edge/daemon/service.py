@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -53,6 +53,7 @@ _PATIENCE_S = 0.1
 """The desk is waited for this long before more is read: publishers then wait at their end."""
 _NO_ROOM = "the device has no room to learn; what was accepted is kept for a start that has"
 _MAX_RENDERS = 256
+_DESCRIPTORS = 65_536
 
 
 def serve(
@@ -71,6 +72,7 @@ def serve(
     """
     config = computing(config, device)
     keyring = prepare(config)
+    _take_descriptors()
     start = open_cached(config, init)
     if isinstance(start, SignalInitialization) and config.compute.device == "cuda":
         raise ConfigError(
@@ -80,6 +82,7 @@ def serve(
     with MapStore.open(
         map_dir, meta=meta, max_journal_bytes=config.map.journal_budget_bytes
     ) as store:
+        config = _of_its_cells(config, store.meta())
         endpoint = Endpoint(bind, keyring)
         try:
             return Service(config, store, endpoint, Worker, start).run(on_ready)
@@ -217,7 +220,13 @@ class Service:
             self._send(*self._outbox.popleft())
 
     def _send(self, peer: bytes, message: Message) -> None:
-        self.endpoint.send(peer, encode(message))
+        try:
+            parts = encode(message)
+        except ProtocolError as error:  # a reply too large to be sent ends nobody's daemon
+            log.warning("%s: %s", message.tag, error)
+            told = ErrorReply(id=getattr(message, "id", 0), code=error.code, message=str(error))
+            parts = encode(told)
+        self.endpoint.send(peer, parts)
 
     def _tell_drainers(self) -> None:
         now = time.monotonic()
@@ -363,6 +372,20 @@ def _map_meta(config: ServeConfig, init: Initialization | SignalInitialization) 
     if config.map.cell_size_m != "auto":
         meta["cell_size_m"] = config.map.cell_size_m
     return meta
+
+
+def _take_descriptors() -> None:
+    """Allow as many open files as the system lets this process have: strangers may connect."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def _of_its_cells(config: ServeConfig, meta: Mapping[str, Any]) -> ServeConfig:
+    """The settings with the map's own cell size, where that was once found or chosen."""
+    size = meta.get("cell_size_m", config.map.cell_size_m)
+    return replace(config, map=replace(config.map, cell_size_m=size))
 
 
 def _threads() -> int:

@@ -80,8 +80,12 @@ def _size(request: RenderRequest, width: int, height: int, preview_px: int) -> t
         height = request.height or max(round(request.width / ratio), 1)
     if request.quality == "preview" and width > preview_px:
         width, height = preview_px, max(round(height * preview_px / width), 1)
-    if width * height > MAX_PIXELS:
-        raise ProtocolError(f"render: expected at most 16 megapixels, received {width}x{height}")
+    most = MAX_PART_BYTES // 3 if request.encoding == "raw" else MAX_PIXELS
+    if width * height > most:
+        raise ProtocolError(
+            f"render: expected at most {most} pixels as {request.encoding}, received "
+            f"{width}x{height}"
+        )
     return width, height
 
 

@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +42,11 @@ def open_cached(config: ServeConfig, path: Path | None) -> Initialization | Sign
 
 
 def cache_dir() -> Path:
-    """The user's cache folder of this program (XDG_CACHE_HOME)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mclnf-edge"
+    """The user's cache folder of this program (XDG_CACHE_HOME); one for nobody's without a home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mclnf-edge"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"mclnf-edge-{os.getuid()}"
 
 
 def _entry(digest: str) -> Path:

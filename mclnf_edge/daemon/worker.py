@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -31,7 +31,7 @@ from mclnf_edge.mapping.interface import TaskMapper
 from mclnf_edge.mapping.mapper import Mapper
 from mclnf_edge.mapping.modules import Module
 from mclnf_edge.mapping.residency import Residency
-from mclnf_edge.store import MapStore, ModuleRecord, module_info
+from mclnf_edge.store import OPEN_MODULES, MapStore, ModuleRecord, module_info
 from mclnf_edge.types import ModuleSnapshot
 from mclnf_edge.wire.codec import decode
 from mclnf_edge.wire.messages import (
@@ -140,8 +140,7 @@ class Worker(threading.Thread):
         }  # fmt: skip
         self._progress = (0, Progress())
         self._drains = 0
-        self.hover_m = 1e-3
-        self.rejected: deque[tuple[str, str, int, str]] = deque(maxlen=256)
+        self.hover_m: Mapping[str, float] = {}
         self._renders: deque[RenderJob] = deque()
         self._painting = False
         self._wake = threading.Condition()
@@ -161,6 +160,7 @@ class Worker(threading.Thread):
         self._newest: dict[str, int] = {}
         self.disk_full = False
         self._state_due = self._take_in_due = 0.0
+        self._sized = False
         self.render_cpu_s, self.renders = 0.0, 0
 
     # -- from other threads ---------------------------------------------------------------------
@@ -291,12 +291,20 @@ class Worker(threading.Thread):
         self.mapper.draining = self._drain and self._ingested_all
         if self.mapper.settle(self._pause, last=ends > 0):
             busy = True
+            self._keep_cell_size()
         for _ in range(ends):
             self._ended.append(self._ends.popleft())
             self.mapper.end_task(*self._ended[-1])
         now = time.monotonic()
         self._take_in_due = now + (now - began) * _STEP_SHARE / (1 - _STEP_SHARE)
         return busy
+
+    def _keep_cell_size(self) -> None:
+        """The map is one of these cells from now on, also where their size was found."""
+        pool = self.mapper.pool if isinstance(self.mapper, Mapper) else None
+        if pool is not None and not self._sized:
+            self._stored(lambda: self.store.fix_meta({"cell_size_m": pool.cell_m}))
+            self._sized = True
 
     def _see_trial(self) -> None:
         """Paint with what was measured to be the fastest, once it is known."""
@@ -331,18 +339,28 @@ class Worker(threading.Thread):
     def _restore(self) -> None:
         for record in self.store.modules():
             self._adopt(record)
-        kept = self.store.checkpoint_load(OPEN_WORK)
+        kept = self._open_work()
         if kept is not None:
             self.mapper.restore(*kept)
             self._kept = kept[1].get("frames", {})
         for state, task in self.store.tasks().values():
             if state == "closing":
                 self._ends.append((task["stream"], task["task"]))
+        self._keep_cell_size()
         log.info(
             "map has %d closed versions, %d modules open",
             self._versions,
             len(self.mapper.learning()),
         )
+
+    def _open_work(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """The checkpoint; None without a sound one: held frames are then learned from anew."""
+        try:
+            return self.store.checkpoint_load(OPEN_WORK)
+        except Corrupt as error:
+            log.error("%s; what was open is learned anew from the frames that are held", error)
+            self.store.checkpoint_set_aside(OPEN_WORK)
+            return None
 
     def _adopt(self, record: ModuleRecord) -> None:
         """Serve a committed version from now on; a damaged one is quarantined when it is read."""
@@ -413,11 +431,9 @@ class Worker(threading.Thread):
         end, any_frame = time.monotonic() + _INGEST_SLICE_S, False
         self._ingested_all = False
         while time.monotonic() < end:
-            if (
-                self.mapper.held_bytes > self.config.map.frame_budget_bytes
-                and not self._make_room()
-            ):
-                return any_frame
+            over = self.mapper.held_bytes > self.config.map.frame_budget_bytes
+            if over and len(self.mapper.frames) > 1 and not self._make_room():
+                return any_frame  # two are taken in any case: one alone may never be learned from
             held = self._stored(lambda: next(self.store.held_frames(self._last_id, 1), None))
             if held is None:
                 self._ingested_all = True
@@ -437,8 +453,9 @@ class Worker(threading.Thread):
                 log.warning(told, *about.values(), error, extra=about)
                 if not isinstance(error, MclnfError):
                     log.exception("frame %d", held.id, extra=about)
-                self.rejected.append((held.session, held.stream, held.seq, str(error)))
+                who = (held.session, held.stream)
                 self._stored(lambda gone=held.id: self.store.let_go({gone: 0}))  # type: ignore[misc]
+                self._stored(lambda who=who: self.store.put_frames([], {who: 1}))  # type: ignore[misc]
             self._serve_renders()
         self.hover_m = self.mapper.hover_m
         return any_frame
@@ -531,6 +548,7 @@ class Worker(threading.Thread):
     def _checkpoint(self) -> bool:
         """Keep the open work; whether the disk took it."""
         arrays, meta = self.mapper.checkpoint()
+        meta[OPEN_MODULES] = self._open_modules()
         self._checkpoint_due = time.monotonic() + self.config.watch.checkpoint_s
         try:
             self._on_disk(lambda: self.store.checkpoint_save(OPEN_WORK, arrays, meta))
@@ -588,21 +606,25 @@ class Worker(threading.Thread):
 
     # -- what others see ------------------------------------------------------------------------
 
+    def _open_modules(self) -> list[dict[str, Any]]:
+        """The entries in `status` of the modules that learn."""
+        state, found = "adapting" if self._drain else "open", []
+        for m in self.mapper.learning():
+            told = self.mapper.describe(m)
+            found.append(
+                {"id": m.id, "version": m.version, "state": state, "digest": ""}
+                | {key: told[key] for key in ("steps", "frames", "bounds", "psnr")}
+                | {"streams": sorted(self.mapper.streams_of(m))}
+            )
+        return found
+
     def _publish_state(self) -> None:
         now = time.monotonic()
         if now < self._state_due and self._progress[0] == self._drains:
             return
         self._state_due = now + _STATE_S
         mapper, asked, draining = self.mapper, self._drains, self._drain
-        modules = list(self._committed.values())
-        learning = mapper.learning()
-        for m in learning:
-            state = "adapting" if draining else "open"
-            told = mapper.describe(m)
-            modules.append(
-                {"id": m.id, "version": m.version, "state": state, "digest": ""}
-                | {key: told[key] for key in ("steps", "frames", "bounds", "psnr")}
-            )
+        modules = [*self._committed.values(), *self._open_modules()]
         done = mapper.progress()
         self._rate.append((now, done))
         backlog = self._stored(lambda: self.store.count_held(self._last_id))
@@ -615,7 +637,7 @@ class Worker(threading.Thread):
         progress = Progress(
             done=finished,
             frames_waiting=len(mapper.frames) + backlog,
-            modules_open=len(learning),
+            modules_open=len(mapper.learning()),
             modules_closed=self._versions,
             steps=mapper.steps,
             psnr=mapper.psnr,
@@ -631,7 +653,7 @@ class Worker(threading.Thread):
             "frames_held": len(mapper.frames),
             "frames_waiting": backlog,
             "psnr": mapper.psnr,
-            "progress": done if learning or finished else 0.0,
+            "progress": done if mapper.learning() or finished else 0.0,
             **mapper.facts(),
             **({} if self._exports is None else self._exports.facts()),
         }

@@ -77,6 +77,11 @@ class Layout:
         """Entries of the output layer's Fisher diagonal that weigh a ray."""
         return (self.hidden + 1) * 4
 
+    @property
+    def size(self) -> int:
+        """All parameters of a module, texels first."""
+        return self.features + self.weights
+
     @classmethod
     def of(cls, fine: int = 256, vertical: int = 32, voxels: int = 48) -> Layout:
         """Four horizontal planes (`fine`, /2, /4, /8 texels wide) and two vertical ones."""

@@ -24,6 +24,7 @@ from numba import float32, njit, uint64
 
 from mclnf_edge.engine.field import (
     B3,
+    CHANNELS,
     HIDDEN,
     INNER,
     INPUTS,
@@ -611,6 +612,50 @@ def scores(scene, tape, d_rgb, r0, r1, samples, fisher, sums, q):
         q[r] = total
 
 
+@njit(**JIT)
+def exact_scores(
+    scene, tape, transposed, d_rgb, r0, r1, samples, inverse, sums, rays, met,
+    grad, d_weights, touched, queue, q,
+):  # fmt: skip
+    """Per-ray information q_r = g' F^-1 g over every parameter of the modules that a ray meets.
+
+    g is the ray's whole gradient, summed over its samples before squaring, texels included: that of
+    `backward` for the ray alone. `inverse` (owners, features + MLP_SIZE) is 1 / the damped running
+    diagonal, `sums` gathers g^2 and `rays` (owners,) how many rays met a module; `met` (owners,)
+    tells whether this one did. `grad`, `d_weights`, `touched`, `queue` as in `backward`, zero
+    before and after.
+    """
+    count = scene.feature_count
+    for r in range(r0, r1):
+        n = backward(
+            scene, tape, transposed, d_rgb, r, r + 1, samples, grad, d_weights, touched, queue
+        )
+        total = float32(0)
+        for i in range(n):
+            k = queue[i]
+            touched[k] = 0
+            row = (k * CHANNELS) // count
+            at = k * CHANNELS - row * count
+            for c in range(CHANNELS):
+                square = grad[k * CHANNELS + c] * grad[k * CHANNELS + c]
+                grad[k * CHANNELS + c] = float32(0)
+                total += square * inverse[row, at + c]
+                sums[row, at + c] += square
+        for i in range(r * samples, r * samples + tape.used[r]):
+            for e in range(tape.first[i], tape.last[i]):
+                row = scene.owner[tape.slot[e]]
+                if row < 0 or met[row] == r + 1:
+                    continue
+                met[row] = r + 1
+                rays[row] += 1
+                for j in range(MLP_SIZE):
+                    square = d_weights[row * MLP_SIZE + j] * d_weights[row * MLP_SIZE + j]
+                    d_weights[row * MLP_SIZE + j] = float32(0)
+                    total += square * inverse[row, count + j]
+                    sums[row, count + j] += square
+        q[r] = total
+
+
 __all__ = [
     "B3",
     "FAR",
@@ -622,6 +667,7 @@ __all__ = [
     "backward",
     "cell_hash",
     "draw",
+    "exact_scores",
     "forward",
     "gate",
     "make_tape",

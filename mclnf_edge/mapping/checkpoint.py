@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Arrays = dict[str, npt.NDArray[Any]]
 _SLOT = ("features", "weights", "density", "surface", "seen")
-_ROW = ("fisher", "moment", "square", "output_fisher", "adam_steps")
+_ROW = ("fisher", "moment", "square", "ray_fisher", "adam_steps")
 
 
 def pack(mapper: Mapper) -> tuple[Arrays, dict[str, Any]]:
@@ -43,7 +43,8 @@ def pack(mapper: Mapper) -> tuple[Arrays, dict[str, Any]]:
             {"cell": list(m.cell), "version": m.version, "steps": m.steps, "rays": m.rays,
              "seeded_with": m.seeded_with, "fresh": m.fresh, "frames": sorted(m.frames),
              "psnr": m.psnr, "asked": m.asked, "seconds": m.seconds, "tasks": sorted(m.tasks),
-             "tiles": mapper.tiles[m.cell], "gone": m.gone, "rank": pool.rank_of[m.cell]}
+             "tiles": mapper.tiles[m.cell], "gone": m.gone, "rank": pool.rank_of[m.cell],
+             "levelled": m.levelled}
         )  # fmt: skip
         for name in (*_SLOT, "band"):
             arrays[f"{m.id}/{name}"] = getattr(pool, name)[m.slot].copy()
@@ -106,11 +107,14 @@ def _unpack_module(mapper: Mapper, arrays: Arrays, item: dict[str, Any]) -> None
     for name in _SLOT:
         getattr(pool, name)[m.slot] = arrays[f"{m.id}/{name}"]
     for name in _ROW:
-        getattr(pool, name)[m.row] = arrays[f"{m.id}/{name}"]
+        kept, own = arrays.get(f"{m.id}/{name}"), getattr(pool, name)
+        if kept is not None and kept.shape == own.shape[1:]:  # else rays were weighed otherwise
+            own[m.row] = kept
     pool.guarded[m.row] = item["version"] > 1 and pool.layout.features > 0
     mapper.tiles[cell], m.gone, m.tasks = item["tiles"], item["gone"], set(item["tasks"])
     m.version, m.steps, m.rays = item["version"], item["steps"], item["rays"]
     m.seeded_with, m.fresh, m.psnr = item["seeded_with"], item.get("fresh", 0), item["psnr"]
+    m.levelled = bool(item.get("levelled", False))
     m.asked, m.seconds = bool(item["asked"]), float(item["seconds"])
     m.frames, m.last_frame_at = set(item["frames"]), time.monotonic()
 

@@ -18,7 +18,7 @@ from mclnf_edge.engine.torch_volume import TensorScene, cell_keys
 from mclnf_edge.mapping.modules import ModulePool
 
 SLOTS = ("features", "weights", "density", "surface", "seen")
-ROWS = ("fisher", "moment", "square", "output_fisher", "adam_steps")
+ROWS = ("fisher", "moment", "square", "ray_fisher", "adam_steps")
 _LEARNED = ("features", "weights")
 _SMALL = ("box", "band", "owner", "guarded", "rank")
 """Copied every time; only the pool writes to them."""

@@ -73,9 +73,14 @@ def _cuda_found() -> bool:
 def make_engine(
     compute: Compute, field: FieldConfig, adapt: AdaptConfig, threads: int
 ) -> Engine[Any]:
-    """An engine for this kind of field."""
+    """An engine for this kind of field; raises ConfigError where it cannot weigh rays as asked."""
     if compute.engine == "numba":
         return Optimizer(adapt, threads)
+    if adapt.weighting == "diagonal":
+        raise ConfigError(
+            "adapt.weighting: diagonal needs the compiled kernels (compute.engine numba, "
+            f"field.kind planes), received engine {compute.engine}, kind {field.kind}"
+        )
     from mclnf_edge.engine.torch_field import MlpNetwork, PlaneNetwork
     from mclnf_edge.mapping.torch_engine import TorchEngine
 

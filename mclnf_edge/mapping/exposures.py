@@ -186,6 +186,8 @@ def update(
     `residual` and `shown` (R, 3) are of rays of frame `which` (R,). Frames that a closed module
     learned from keep their gain, so that what is closed stays as bright as it was.
     """
+    good = np.isfinite(residual).all(1) & np.isfinite(shown).all(1)
+    which, residual, shown = which[good], residual[good], shown[good]
     slope = np.zeros((len(frames), 3))
     curve = np.zeros((len(frames), 3))
     np.add.at(slope, which, residual * shown)

@@ -12,14 +12,24 @@ import numpy.typing as npt
 
 from mclnf_edge.engine.surface import normalised
 from mclnf_edge.errors import FrameRejected
-from mclnf_edge.images import decode_image, decode_mask, undistort, undistort_layer
+from mclnf_edge.images import (
+    check_decodes,
+    decode_depth,
+    decode_image,
+    decode_mask,
+    reduced,
+    undistort,
+    undistort_layer,
+)
 from mclnf_edge.mapping.modules import Cell
-from mclnf_edge.types import Frame
+from mclnf_edge.types import Camera, Frame
 
 F32 = npt.NDArray[np.float32]
 TILE = 16
 """Edge in pixels of the tiles by which a frame's rays are assigned to cells."""
 
+_DEPTH_GRID = 16
+"""Points across and down that are taken from a depth picture: heights, not surfaces, are wanted."""
 _MAX_EDGE_PX = 960
 """Larger pictures are reduced to this width or height before they are held."""
 
@@ -116,6 +126,32 @@ class HeldFrame:
         return self.directions(columns.ravel(), rows.ravel()), (across, down)
 
 
+def check_size(camera: Camera) -> None:
+    """Raise FrameRejected for a picture that would be held with less than two tiles a side."""
+    scale = min(1.0, _MAX_EDGE_PX / max(camera.width, camera.height))
+    if round(min(camera.width, camera.height) * scale) < 2 * TILE:
+        held = "" if scale == 1 else f" (held at {_MAX_EDGE_PX} pixels for the longer side)"
+        raise FrameRejected(
+            f"image: expected at least {2 * TILE} pixels a side{held}, received "
+            f"{camera.width}x{camera.height}"
+        )
+
+
+def check_frame(frame: Frame) -> None:
+    """Raise FrameRejected for pictures that cannot be held: image, mask or depth."""
+    check_size(frame.camera)
+    check_decodes(frame.image, frame.encoding, frame.camera)
+    layer = "mask"
+    try:
+        if frame.mask is not None:
+            decode_mask(frame.mask, frame.camera)
+        layer = "depth"
+        if frame.depth is not None:
+            decode_depth(frame.depth, frame.depth_scale_m, frame.camera)
+    except FrameRejected as error:
+        raise FrameRejected(f"{layer}: {str(error).split(': ', 1)[-1]}") from None
+
+
 def hold(
     frame_id: int,
     stream: str,
@@ -126,25 +162,15 @@ def hold(
 ) -> HeldFrame:
     """Decode, undistort and, where it is large, reduce a frame of a site with this origin (3,).
 
-    Raises FrameRejected for a picture that cannot be decoded or has no two tiles a side.
+    Raises FrameRejected for a frame that `check_frame` refuses.
     """
+    check_size(frame.camera)
     image = decode_image(frame.image, frame.encoding, frame.camera)
     image, camera, valid = undistort(image, frame.camera)
-    mask = np.where(valid, 255, 0).astype(np.uint8)
     if frame.mask is not None:
-        published = decode_mask(frame.mask, frame.camera).astype(np.uint8)
-        mask = np.where(undistort_layer(published, frame.camera) > 0, mask, 0).astype(np.uint8)
-    scale = min(1.0, _MAX_EDGE_PX / max(camera.width, camera.height))
-    if scale < 1:
-        w, h = max(round(camera.width * scale), 1), max(round(camera.height * scale), 1)
-        image = cv2.resize(image, (w, h), interpolation=cv2.INTER_AREA).astype(np.uint8)
-        mask = cv2.resize(mask, (w, h), interpolation=cv2.INTER_NEAREST).astype(np.uint8)
-        camera = camera.scaled(w, h)
-    if min(camera.width, camera.height) < 2 * TILE:
-        raise FrameRejected(
-            f"image: expected at least {2 * TILE} pixels a side, received "
-            f"{camera.width}x{camera.height}"
-        )
+        valid = valid & undistort_layer(decode_mask(frame.mask, frame.camera), frame.camera)
+    image, camera, valid = reduced(image, camera, valid, _MAX_EDGE_PX)
+    mask = np.where(valid, 255, 0).astype(np.uint8)
     return HeldFrame(
         frame_id, stream, frame.seq, frame.timestamp, np.ascontiguousarray(image), mask,
         (camera.fx, camera.fy, camera.cx, camera.cy),
@@ -152,6 +178,26 @@ def hold(
         (frame.T_world_camera[:3, 3] - origin).astype(np.float32), site, task,
         exposure=math.log(frame.exposure) if frame.exposure else math.nan,
     )  # fmt: skip
+
+
+def depth_points(frame: Frame, held: HeldFrame) -> F32:
+    """(n, 3) points, local metres, on a grid over a frame's depth picture; none without one."""
+    if frame.depth is None:
+        return np.zeros((0, 3), np.float32)
+    depth = decode_depth(frame.depth, frame.depth_scale_m, frame.camera)
+    depth = undistort_layer(depth, frame.camera)
+    across, down = held.size
+    columns, rows = np.meshgrid(
+        (np.arange(_DEPTH_GRID) + 0.5) * (across / _DEPTH_GRID),
+        (np.arange(_DEPTH_GRID) + 0.5) * (down / _DEPTH_GRID),
+    )
+    right, lower = frame.camera.width / across, frame.camera.height / down
+    z = depth[(rows * lower).astype(int), (columns * right).astype(int)].ravel()
+    rays = held.directions(columns.ravel().astype(np.float32), rows.ravel().astype(np.float32))
+    along = z / -(rays @ held.rotation[:, 2])
+    good = np.isfinite(z) & (z > 0)
+    points: F32 = held.eye + rays[good] * along[good, None]
+    return points.astype(np.float32)
 
 
 def triangulate(a: HeldFrame, b: HeldFrame) -> F32:

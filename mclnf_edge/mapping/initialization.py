@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import pickle
 from dataclasses import asdict, dataclass, fields
 from importlib import resources
 from pathlib import Path
@@ -135,9 +134,13 @@ def open_init(path: Path | None) -> Initialization | SignalInitialization:
     path = init_file(path)
     data, content = _read(path)
     digest = hashlib.sha256(data).hexdigest()
-    if content.get("format") == SIGNAL_FORMAT:
-        return _signal(path, content, digest)
-    return _posed(path, content, digest)
+    read = _signal if content.get("format") == SIGNAL_FORMAT else _posed
+    try:
+        return read(path, content, digest)
+    except InitError:
+        raise
+    except Exception as error:  # a tensor of a kind that cannot be looked into
+        raise InitError(f"init {path}: a part is of a wrong type: {error}") from error
 
 
 def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
@@ -150,10 +153,10 @@ def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
     data = path.read_bytes()
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()
+    except Exception as error:  # a flipped byte of a pickle can raise anything
         raise InitError(
-            f"init {path}: not a safe initialization: {(reason or ['?'])[0]}"
+            f"init {path}: not a safe initialization: damaged, or more in it than tensors and "
+            "plain values, which is never loaded"
         ) from error
     if not isinstance(content, dict) or content.get("format") not in (FORMAT, SIGNAL_FORMAT):
         raise InitError(f"init {path}: expected a {FORMAT} file or one in format {SIGNAL_FORMAT}")
@@ -163,10 +166,9 @@ def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
 def _posed(path: Path, content: dict[str, Any], digest: str) -> Initialization:
     import torch
 
-    if content.get("version") != VERSION:
-        raise InitError(
-            f"init {path}: expected version {VERSION}, received {content.get('version')!r}"
-        )
+    version = content.get("version")
+    if not (isinstance(version, int) and version == VERSION):
+        raise InitError(f"init {path}: expected version {VERSION}, received {version!r:.80}")
     kind, mlp = content.get("kind"), content.get("mlp")
     if content.get("modality") != "posed" or kind not in ("planes", "mlp"):
         raise InitError(
@@ -197,9 +199,9 @@ def _signal(path: Path, content: dict[str, Any], digest: str) -> SignalInitializ
     from mclnf_edge.maths.fields import Siren
 
     modality = content.get("modality")
-    if modality not in SHAPES:
+    if not (isinstance(modality, str) and modality in SHAPES):
         raise InitError(
-            f"init {path}: expected modality image, video or audio, received {modality!r}"
+            f"init {path}: expected modality image, video or audio, received {modality!r:.80}"
         )
     try:
         field = Siren(**content["field"])
@@ -213,6 +215,9 @@ def _signal(path: Path, content: dict[str, Any], digest: str) -> SignalInitializ
         raise InitError(f"init {path}: parameters do not fit the {modality} field {field}")
     if not all(p.dtype == torch.float32 and p.isfinite().all() for p in params.values()):
         raise InitError(f"init {path}: expected finite float32 parameters")
+    steps = rates.values() if isinstance(rates, dict) else [torch.tensor(float(rates))]
+    if not all(r.isfinite().all() for r in steps):
+        raise InitError(f"init {path}: expected finite step sizes")
     if window is not None and not all(_whole(getattr(window, f.name)) for f in fields(window)):
         raise InitError(f"init {path}: expected a window of whole numbers above 0: {window}")
     described = {k: content.get(k) for k in ("config", "step", "data")}

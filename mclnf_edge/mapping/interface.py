@@ -14,7 +14,7 @@ class TaskMapper(Protocol):
     """Takes pieces, opens modules, lets them learn, closes them; reads and writes no files.
 
     `steps` and `psnr` are of all modules; `draining` lets everything close that has learned;
-    `hover_m` is how far a camera must move to be worth a frame (posed maps).
+    `hover_m` is, by stream, how far a camera must move to be worth a frame (posed maps).
     """
 
     psnr: float | None
@@ -36,8 +36,12 @@ class TaskMapper(Protocol):
         ...
 
     @property
-    def hover_m(self) -> float:
+    def hover_m(self) -> Mapping[str, float]:
         """See the class."""
+        ...
+
+    def streams_of(self, module: Any) -> set[str]:
+        """The streams that a module learns from."""
         ...
 
     def add(

@@ -24,12 +24,13 @@ from mclnf_edge.mapping import exposures, revisits
 from mclnf_edge.mapping.checkpoint import Arrays, cell_of, pack, unpack
 from mclnf_edge.mapping.engines import KERNELS, Compute, layout_of, make_engine, start_of
 from mclnf_edge.mapping.extents import crossed
-from mclnf_edge.mapping.frames import TILE, HeldFrame, hold
-from mclnf_edge.mapping.modules import Cell, Module, ModulePool, pack_information
+from mclnf_edge.mapping.frames import TILE, HeldFrame, depth_points, hold
+from mclnf_edge.mapping.modules import Cell, Gained, Module, ModulePool, pack_information
 from mclnf_edge.mapping.optimizer import Engine, whole_site
 from mclnf_edge.mapping.rays import Rays, Targets, choose_site, draw
 from mclnf_edge.mapping.residency import Residency
 from mclnf_edge.mapping.structure import Pause, Structure, Tiles, auto_cell
+from mclnf_edge.maths.information import information, last_share
 from mclnf_edge.types import Frame, ModuleSnapshot
 
 F32 = npt.NDArray[np.float32]
@@ -40,6 +41,10 @@ _LEFT_S = 4.0
 """Seconds without a frame that sees a module after which the flight has moved on."""
 _MORE = 1.1
 """How many times the frames that its surface is from a module must have then, to begin anew."""
+_GAIN_GROWTH = 1.25
+"""How many times its rays a module takes until its information gain is looked at again."""
+_OF = "\x1f"
+"""Between a stream's name and its task's: no name contains it."""
 _FRESH = 0.25
 """Share of new frames from which on a module looks for ground that it had not seen."""
 
@@ -112,6 +117,7 @@ class Mapper:
         self.returning: dict[int, Tiles] = {}
         self.targets: Targets | None = None
         self.residency: Residency | None = None
+        self.untrained = 0
 
     @property
     def adapt(self) -> AdaptConfig:
@@ -149,7 +155,7 @@ class Mapper:
         structure = self.structure_of(site)
         if kept is None:
             recent = [f for f in self.frames.values() if f.site == site][-12:]
-            structure.add_frame(held, recent, frame.height_m)
+            structure.add_frame(held, recent, frame.height_m, depth_points(frame, held))
             held.gain = self.exposures.guess(stream, held.timestamp)
         else:
             held.rays, held.anchored = int(kept[0]), bool(kept[1])
@@ -175,11 +181,9 @@ class Mapper:
 
     def _task(self, stream: str, frame: Frame) -> str:
         """The task a frame belongs to besides its cells: the publisher's or a time window's."""
-        if self.config.tasks == "publisher":
-            return f"{stream}/{frame.task or ''}"
         if self.config.tasks == "time":
-            return f"{stream}@{int(frame.timestamp // self.config.time_window_s)}"
-        return ""
+            return f"{stream}{_OF}{int(frame.timestamp // self.config.time_window_s)}"
+        return f"{stream}{_OF}{frame.task or ''}"
 
     def _begin_task(self, stream: str, task: str) -> None:
         """A stream is in one task at a time: its last one ends where the next begins."""
@@ -190,24 +194,38 @@ class Mapper:
         self.task_of[stream] = task
 
     def end_task(self, stream: str, task: str | None) -> None:
-        """Let a stream's task (None: its present one) close once learned; on a grid, every cell.
+        """Let a stream's task (None: its present one) close once learned.
 
-        On a grid call `settle(last=True)` before, so that every frame's cells have modules.
+        On a grid, the cells that frames of the task (None: of the stream) are in; call
+        `settle(last=True)` before, so that all of them have modules.
         """
-        name = self.task_of.get(stream, "") if task is None else f"{stream}/{task}"
+        name = None if task is None else f"{stream}{_OF}{task}"
         if self.config.tasks != "grid":
-            self.ended.add(name)
+            self.ended.add(name or self.task_of.get(stream, ""))
             return
         for module in self.learning():
-            module.asked = True
+            if stream in self.streams_of(module) if name is None else name in module.tasks:
+                module.asked = True
+
+    def streams_of(self, module: Module) -> set[str]:
+        """The streams whose frames a module learns from."""
+        return {task.split(_OF)[0] for task in module.tasks}
 
     @property
-    def hover_m(self) -> float:
-        """How far a camera must move before its picture adds parallax: 0.4 % of flying height."""
-        last = next(reversed(self.frames.values()), None)
-        if last is None or len(self.structures[last.site].points) < 30:
+    def hover_m(self) -> dict[str, float]:
+        """By stream, how far a camera must move before its picture adds parallax.
+
+        0.4 % of the flying height of its last frame; a stream that is not in it, or a site of
+        which little is known, has 1 mm.
+        """
+        newest = {f.stream: f for f in self.frames.values()}
+        return {stream: self._hover_m(frame) for stream, frame in newest.items()}
+
+    def _hover_m(self, last: HeldFrame) -> float:
+        structure = self.structures[last.site]
+        if len(structure.points) < 30:
             return 1e-3
-        return 0.004 * max(float(last.eye[2]) - self.structures[last.site].ground(last), 1.0)
+        return 0.004 * max(float(last.eye[2]) - structure.ground(last), 1.0)
 
     @property
     def held_bytes(self) -> int:
@@ -246,7 +264,7 @@ class Mapper:
             return False
         frames = list(self.frames.values())
         few = len(frames) < 2 and all(len(s.points) < 8 for s in self.structures.values())
-        if few and not last:
+        if few and not last and not any(self._quiet(f.arrived) for f in frames):
             return False
         self.dirty = True
         for site, structure in self.structures.items():
@@ -280,7 +298,9 @@ class Mapper:
         for frame in frames:
             for cell in frame.tiles:
                 module = self.modules.get(cell)
-                if module is not None and frame.id not in module.frames and module.row >= 0:
+                if module is None or frame.id in module.frames or module.row < 0:
+                    continue
+                if self._takes(module, frame):
                     module.frames.add(frame.id)
                     module.fresh += cell not in seeds
                     module.tasks.add(frame.task)
@@ -299,8 +319,9 @@ class Mapper:
         for module in self.learning():
             enough = 0 if last else _FRESH * (len(module.frames) - module.fresh)
             wanted = module.fresh > enough or self._sees_more(module)
-            if wanted and any(module.cell in f.tiles for f in frames):
-                structure.extend(pool, module, frames, pool.fisher[module.row])
+            seeing = [f for f in frames if module.cell in f.tiles and self._takes(module, f)]
+            if wanted and seeing:
+                structure.extend(pool, module, seeing, pool.fisher[module.row])
                 module.fresh = 0
                 pause()
 
@@ -326,9 +347,11 @@ class Mapper:
         assert self.pool is not None
         self.tiles, self.views = Counter(), Counter()
         for frame in self.frames.values():
-            self.views.update(frame.tiles.keys())
             for cell, tiles in frame.tiles.items():
-                self.tiles[cell] += len(tiles)
+                module = self.modules.get(cell)
+                if module is None or self._takes(module, frame):
+                    self.views[cell] += 1
+                    self.tiles[cell] += len(tiles)
             frame.band = self.pool.height_band(frame.tiles)
         self.tiles_per_frame = sum(self.tiles.values()) / max(len(self.frames), 1)
 
@@ -365,6 +388,8 @@ class Mapper:
                 layout_of(self.field), cell_m, self.mlp, self.threads,
                 known_views=self.config.known_views, kernels=self.optimizer.name == "numba",
             )  # fmt: skip
+            if self.adapt.weighting == "diagonal":
+                self.pool.score(self.pool.layout.size)
             if self.residency is not None:
                 self.residency.attach(self.pool)
             for structure in self.structures.values():
@@ -372,8 +397,8 @@ class Mapper:
         return self.pool
 
     def _needs_seed(self, cell: Cell, frames: list[HeldFrame], last: bool) -> bool:
-        seeing = [f for f in frames if cell in f.tiles]
         module = self.modules.get(cell)
+        seeing = [f for f in frames if cell in f.tiles and self._takes(module, f)]
         if module is None:
             return len(seeing) >= 2 or any(last or self._quiet(f.arrived) for f in seeing)
         many = len(seeing) >= 2 * module.seeded_with
@@ -414,7 +439,10 @@ class Mapper:
         frames: list[HeldFrame],
         pause: Pause,
     ) -> None:
-        seeing = {c: [f for f in frames if c in f.tiles] for c in cells}
+        seeing = {
+            c: [f for f in frames if c in f.tiles and self._takes(self.modules.get(c), f)]
+            for c in cells
+        }
         bands = {}
         for cell, views in seeing.items():
             flying = max(float(f.eye[2]) - structure.ground(f) for f in views)
@@ -434,13 +462,15 @@ class Mapper:
         involved = [f for f in frames if any(c in f.tiles for c in cells)]
         structure.fit_exposures(cells, involved, pause)
         for group in groups:
-            list(pool.executor.map(lambda c: structure.seed(pool, self.modules[c], frames), group))
+            list(
+                pool.executor.map(lambda c: structure.seed(pool, self.modules[c], seeing[c]), group)
+            )
             for cell in group:
                 module = self.modules[cell]
                 pool.weights[module.slot] = pool.mlp
                 pool.reset_learning(module.row)
                 module.seeded_with, module.fresh = len(seeing[cell]), 0
-                module.rays, module.seconds = 0, 0.0
+                module.rays, module.seconds, module.levelled = 0, 0.0, False
                 for frame in seeing[cell]:
                     frame.rays = 0  # what they taught is gone
             pause()
@@ -457,7 +487,7 @@ class Mapper:
 
     def _progress(self, module: Module) -> float:
         """Share of a module's budget that is spent: of its rays or its seconds, what ends first."""
-        if not self._owned(module):
+        if module.levelled or not self._owned(module):
             return 1.0
         frames = self._owned(module) / max(self.tiles_per_frame, 1.0)
         seconds = max(self.adapt.budget_s_per_frame * frames, 1e-3)
@@ -466,7 +496,15 @@ class Mapper:
     def _draws(self, module: Module, frame: HeldFrame) -> bool:
         """Whether a module still trains on a frame: budget is left, or the frame had too little."""
         short = frame.rays < self.adapt.min_rays_per_frame
-        return module.row >= 0 and (short or self._progress(module) < 1)
+        wanted = module.row >= 0 and (short or self._progress(module) < 1)
+        return wanted and self._takes(module, frame)
+
+    def _takes(self, module: Module | None, frame: HeldFrame) -> bool:
+        """Whether a module, or a coming one, may learn from a frame.
+
+        Once its tasks have ended it takes none of a later task: those wait for its next version.
+        """
+        return module is None or not self._ended_all(module) or frame.task in module.tasks
 
     def progress(self) -> float:
         """Share of all open modules' budgets that is spent, in [0, 1]."""
@@ -566,8 +604,26 @@ class Mapper:
                 module.seconds += seconds * n / len(row)
                 if (here & used).any():
                     module.psnr = _running(module.psnr, float(error[here & used].mean()))
+                self._see_gain(module)
                 if spent < 1 <= self._progress(module):
                     self.targets = None
+
+    def _see_gain(self, module: Module) -> None:
+        """Whether what a module's rays teach it has levelled off (`adapt.gain_level`)."""
+        if not self.adapt.gain_level or self.pool is None or not self.pool.layout.features:
+            return
+        seen = module.gained
+        if seen is not None and seen.rays <= module.rays < _GAIN_GROWTH * seen.rays:
+            return
+        sums = self.pool.fisher[module.row]
+        if seen is None or module.rays < seen.rays:  # it begins, or began anew
+            prior = sums + np.float32(self.adapt.fisher_damping * sums.mean())
+            module.gained = Gained(module.rays, 0.0, sums.copy(), prior)
+            return
+        nats = information(sums - seen.first, seen.prior)
+        share = last_share(seen.nats, nats, module.rays / seen.rays)
+        module.levelled = share < self.adapt.gain_level
+        module.gained = seen._replace(rays=module.rays, nats=nats)
 
     # -- closing --------------------------------------------------------------------------------
 
@@ -580,6 +636,7 @@ class Mapper:
             "cell_size_m": None if self.pool is None else self.pool.cell_m,
             "arrays_mb": 0.0 if self.pool is None else self.pool.memory_bytes() / 1e6,
             **({} if self.residency is None else self.residency.facts()),
+            "frames_untrained": self.untrained,
             "frames_short": sum(
                 f.rays < self.adapt.min_rays_per_frame for f in self.frames.values()
             ),
@@ -600,8 +657,8 @@ class Mapper:
         ]
 
     def _ended_all(self, module: Module) -> bool:
-        tasks = module.tasks - {""}
-        return bool(tasks) and tasks <= self.ended
+        """Whether tasks are not the grid's cells, and all those of a module have ended."""
+        return self.config.tasks != "grid" and bool(module.tasks) and module.tasks <= self.ended
 
     def close(self, module: Module) -> Closing:
         """Freeze a module for good; what to commit and which frames nothing needs any more.
@@ -624,6 +681,8 @@ class Mapper:
                 frame.anchored = True
             if frame is not None and not self._needed(frame):
                 let_go[frame_id] = frame.rays
+        waiting = (f for f in self.frames.values() if f.id not in module.frames)
+        self.dirty |= any(module.cell in f.tiles for f in waiting)  # they may make a new version
         told = "task %s closed: %d steps, %d frames let go", module.id, module.steps, len(let_go)
         log.info(*told, extra=module.about)
         parent: dict[str, int] = {}
@@ -684,6 +743,10 @@ class Mapper:
 
     def forget(self, frame_ids: dict[int, int]) -> None:
         """Let frames go after their module was committed."""
+        untrained = sum(rays == 0 for rays in frame_ids.values())
+        if untrained:
+            self.untrained += untrained
+            log.info("%d frames let go untrained: they show closed ground, or none", untrained)
         for frame_id in frame_ids:
             frame = self.frames.pop(frame_id, None)
             self.views.subtract(frame.tiles.keys() if frame else ())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,15 @@ def cell_edge(cell: Cell, cell_m: float) -> float:
     return cell_m * (FAR if cell[0] % 2 else 1)
 
 
+class Gained(NamedTuple):
+    """Nats that so many rays brought, after the `first` sums of squared gradients (features,)."""
+
+    rays: int
+    nats: float
+    first: F32
+    prior: F32
+
+
 @dataclass
 class Module:
     """What the mapper knows of one module besides its arrays.
@@ -51,6 +60,8 @@ class Module:
     `frames` are the ids it learned from, `fresh` how many of them came since its ground was last
     measured, `tiles` how many of their tiles it was closed with, `gone` how many of them belong to
     frames that were let go while it learned, `tasks` what those frames' tasks are called.
+    `levelled` says that its rays teach little more, `gained` what was known when that was last
+    looked at.
     """
 
     cell: Cell
@@ -71,6 +82,8 @@ class Module:
     tasks: set[str] = field(default_factory=set)
     tiles: int = 0
     gone: int = 0
+    levelled: bool = False
+    gained: Gained | None = None
 
     @property
     def id(self) -> str:
@@ -123,7 +136,7 @@ class ModulePool:
     features, weights, density = Shared(), Shared(), Shared()
     surface, seen = Shared(), Shared()
     fisher, moment, square = Shared(), Shared(), Shared()
-    output_fisher, adam_steps = Shared(), Shared()
+    ray_fisher, adam_steps = Shared(), Shared()
 
     def __init__(
         self,
@@ -138,8 +151,10 @@ class ModulePool:
         """`mlp` (layout.weights,) are the shared initial parameters every new module starts from.
 
         What `known_views` frames saw counts as known. Without `kernels` there is no room for the
-        gradients of the compiled kernels' threads.
+        gradients of the compiled kernels' threads. `ray_fisher` is the diagonal of F that weighs
+        rays: that of the output layer, or of what `score` was called with last.
         """
+        self._scored = layout.output_size
         self.known_views = known_views
         self.copies: Copies | None = None
         self.rewritten: set[int] = set()
@@ -187,7 +202,7 @@ class ModulePool:
         self.fisher = _grown(self, "fisher", (n, self.layout.features))
         self.moment = _grown(self, "moment", (n, self.layout.weights))
         self.square = _grown(self, "square", (n, self.layout.weights))
-        self.output_fisher = _grown(self, "output_fisher", (n, self.layout.output_size))
+        self.ray_fisher = _grown(self, "ray_fisher", (n, self._scored))
         self.adam_steps = _grown(self, "adam_steps", (n,))
         self.slot_of_row = _grown(self, "slot_of_row", (n,), np.int32)
         self.guarded = _grown(self, "guarded", (n,), np.bool_)
@@ -202,6 +217,12 @@ class ModulePool:
         live = self.owner[self.owner >= 0]
         if len(live):
             self.refresh_transposed(live)
+
+    def score(self, size: int) -> None:
+        """Weigh rays by `size` parameters of each module from now on: a diagonal begun anew."""
+        if size != self._scored:
+            self._scored = size
+            self.ray_fisher = np.zeros((self.rows, size), np.float32)
 
     def refresh_transposed(self, rows: npt.NDArray[Any]) -> None:
         """Bring the transposed weights of learning rows, which the kernels read, up to date."""
@@ -308,7 +329,7 @@ class ModulePool:
 
     def reset_learning(self, row: int) -> None:
         """Forget what a row has gathered: Fisher information and moments."""
-        for array in (self.fisher, self.moment, self.square, self.output_fisher, self.adam_steps):
+        for array in (self.fisher, self.moment, self.square, self.ray_fisher, self.adam_steps):
             array[row] = 0
         self.guarded[row] = False
         self.refresh_transposed(np.array([row]))
@@ -370,13 +391,16 @@ class ModulePool:
     def snapshot(self, module: Module, meta: dict[str, Any]) -> ModuleSnapshot:
         """A module's arrays as they are committed; features, density and surface in half precision.
 
-        The slot takes the rounded values too, so that what is served is what was committed.
+        The surface as `levels`, its height as a share of the module's height band: half precision
+        knows absolute heights a kilometre below the site's origin to no more than half a metre. The
+        slot takes the rounded values too, so that what is served is what was committed.
         """
-        arrays = self.arrays(module)
-        for name, a in arrays.items():
-            halved = name in ("features", "density", "surface")
-            arrays[name] = a.astype(np.float16) if halved else a.copy()
-        self._write(module.slot, arrays)
+        arrays = {name: a.copy() for name, a in self.arrays(module).items()}
+        low, inverse = arrays["band"]
+        arrays["levels"] = (arrays.pop("surface") - low) * inverse
+        for name in ("features", "density", "levels"):
+            arrays[name] = arrays[name].astype(np.float16)
+        self._write(module.slot, _with_surface(arrays))
         return ModuleSnapshot(module.id, module.version, arrays, meta)
 
     def arrays(self, module: Module) -> dict[str, npt.NDArray[Any]]:
@@ -386,6 +410,7 @@ class ModulePool:
 
     def load(self, cell: Cell, arrays: dict[str, npt.NDArray[Any]]) -> int:
         """Put committed arrays into a frozen slot; raises Corrupt when their shapes are wrong."""
+        arrays = _with_surface(arrays)
         self._check(arrays)
         slot = self.slot_of.get(cell)
         if slot is None:
@@ -466,6 +491,15 @@ def trace(
 
     list(pool.executor.map(part, range(pool.threads)))
     return scene
+
+
+def _with_surface(arrays: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    """Committed arrays with absolute heights, which maps of an earlier version have already."""
+    band = arrays.get("band")
+    if "levels" not in arrays or band is None or band.shape != (2,):
+        return arrays
+    low, inverse = band
+    return {**arrays, "surface": low + arrays["levels"].astype(np.float32) / inverse}
 
 
 def pack_information(fisher: F32) -> npt.NDArray[np.uint8]:

@@ -139,7 +139,10 @@ class Engine(ABC, Generic[T]):
 
     @abstractmethod
     def information(self, pool: ModulePool, traced: T, d_rgb: F32) -> F32:
-        """q = g' F^-1 g (R,) of each ray, from the output layer's running diagonal F."""
+        """q = g' F^-1 g (R,) of each ray, from the running diagonal F of the output layer.
+
+        Of every parameter where `adapt.weighting` is "diagonal".
+        """
 
     @abstractmethod
     def _gradncp(self, traced: T, d_rgb: F32) -> F32:
@@ -183,7 +186,10 @@ class Optimizer(Engine[volume.Scene]):
 
     def information(self, pool: ModulePool, traced: volume.Scene, d_rgb: F32) -> F32:
         """See `Engine`."""
-        n, running = len(d_rgb), pool.output_fisher
+        if self.adapt.weighting == "diagonal":
+            return self._exact(pool, traced, d_rgb)
+        pool.score(pool.layout.output_size)
+        n, running = len(d_rgb), pool.ray_fisher
         damped = running + self.adapt.fisher_damping * running.mean(1, keepdims=True) + 1e-20
         q = np.zeros(n, np.float32)
         sums = [
@@ -196,10 +202,28 @@ class Optimizer(Engine[volume.Scene]):
 
         list(pool.executor.map(part, range(self.threads)))
         total = np.sum(sums, axis=0)
-        rows = total[:, -1] > 0
-        fresh = total[rows, :-1] / total[rows, -1:]
-        first = ~running[rows].any(1, keepdims=True)
-        running[rows] = np.where(first, fresh, 0.95 * running[rows] + 0.05 * fresh)
+        _run_on(running, total[:, :-1], total[:, -1])
+        return q
+
+    def _exact(self, pool: ModulePool, traced: volume.Scene, d_rgb: F32) -> F32:
+        """The same over every parameter of the modules that a ray meets, texels included."""
+        pool.score(pool.layout.size)
+        n, running, threads = len(d_rgb), pool.ray_fisher, self.threads
+        inverse = 1 / (running + self.adapt.fisher_damping * running.mean(1, keepdims=True) + 1e-20)
+        q = np.zeros(n, np.float32)
+        sums = [np.zeros_like(running) for _ in range(threads)]
+        rays = [np.zeros(pool.rows, np.float32) for _ in range(threads)]
+
+        def part(i: int) -> None:
+            a, b = n * i // threads, n * (i + 1) // threads
+            volume.exact_scores(
+                traced, self.work.tape, pool.transposed.reshape(-1), d_rgb, a, b, SAMPLES, inverse,
+                sums[i], rays[i], np.zeros(pool.rows, np.int64), pool.gradient[i].reshape(-1),
+                pool.weight_gradient[i].reshape(-1), pool.touched[i], pool.queue[i], q,
+            )  # fmt: skip
+
+        list(pool.executor.map(part, range(threads)))
+        _run_on(running, np.sum(sums, axis=0), np.sum(rays, axis=0))
         return q
 
     def _update(
@@ -273,6 +297,14 @@ class Optimizer(Engine[volume.Scene]):
     def paint(self, pool: ModulePool, shot: Shot, site: int) -> Painted:
         """See `Engine`."""
         return paint(pool, shot, site)
+
+
+def _run_on(running: F32, sums: F32, rays: F32) -> None:
+    """Move F (rows, P) on by a batch's squared scores; a row without rays stays as it is."""
+    rows = rays > 0
+    fresh = sums[rows] / rays[rows, None]
+    first = ~running[rows].any(1, keepdims=True)
+    running[rows] = np.where(first, fresh, 0.95 * running[rows] + 0.05 * fresh)
 
 
 def whole_site(pool: ModulePool, site: int, ro: F32) -> tuple[F32, float]:

@@ -59,7 +59,7 @@ def reopen(
     """
     module.version, module.state = module.version + 1, "open"
     module.steps, module.rays, module.seconds, module.asked = 0, 0, 0.0, False
-    module.gone = 0
+    module.gone, module.levelled, module.gained = 0, False, None
     module.tasks.clear()
     pool.thaw(module)
     information = unpack_information(parent.arrays["information"])

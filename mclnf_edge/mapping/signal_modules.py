@@ -19,9 +19,12 @@ from mclnf_edge.types import ModuleState
 
 
 def psnr_of(mse: float, modality: SignalModality) -> float:
-    """dB of a mean squared error: peak 1 for pictures, 2 for sound in [-1, 1]."""
+    """dB of a mean squared error: peak 1 for pictures, 2 for sound in [-1, 1].
+
+    Between -120 and 126 dB, the lowest for what is not finite.
+    """
     peak = 2.0 if modality == "audio" else 1.0
-    return 10 * math.log10(peak * peak / max(mse, 1e-12))
+    return 10 * math.log10(peak * peak / max(mse if mse < 1e12 else 1e12, 1e-12))
 
 
 @dataclass

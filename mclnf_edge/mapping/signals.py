@@ -13,7 +13,8 @@ import logging
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ class SignalMapper:
     `render.resident_mb` are read again when they are rendered.
     """
 
-    hover_m = 0.0
+    hover_m: Mapping[str, float] = MappingProxyType({})
 
     def __init__(
         self,
@@ -146,6 +147,10 @@ class SignalMapper:
             same = self.signals[module.signal].stream == stream
             if same and (task is None or task in module.tasks):
                 module.asked = True
+
+    def streams_of(self, module: SignalModule) -> set[str]:
+        """The one stream that a module learns from."""
+        return {self.signals[module.signal].stream}
 
     def settle(self, pause: Callable[[], None], *, last: bool = False) -> bool:
         """Nothing to do: a task is known as soon as its piece is."""

@@ -42,6 +42,8 @@ _ASSUMED_HEIGHT_M = 50.0  # when neither parallax nor the publisher tells
 _TRAINED_RAYS = 4096
 _HIGH_GROUND = 90  # percentile of the heights in and around a cell
 _POINTS = 200_000  # the newest are kept
+_DEEPEST = 12.0
+"""Flying heights, over the ground known so far, below which no new ground is believed."""
 _GROUND_POINTS = 200  # around a camera tell the ground below it
 _LEAF = 64  # points in a leaf of the search tree
 _SOLID, _EMPTY = 1.0, 0.015  # starting densities per unit in and above the ground
@@ -79,16 +81,31 @@ class Structure:
     footprints: dict[int, Footprint] = field(default_factory=dict, repr=False)
     _tree: cKDTree | None = field(default=None, repr=False)
 
-    def add_frame(self, frame: HeldFrame, others: list[HeldFrame], height_m: float | None) -> None:
-        """Triangulate a new frame against the two nearest earlier ones."""
+    def add_frame(
+        self,
+        frame: HeldFrame,
+        others: list[HeldFrame],
+        height_m: float | None,
+        measured: F32 | None = None,
+    ) -> None:
+        """Triangulate a new frame against the two nearest earlier ones.
+
+        `height_m` above ground, and points (n, 3) that its depth picture measured, count as well.
+        """
         near = sorted(others, key=lambda o: float(np.linalg.norm(o.eye - frame.eye)))
         near = [o for o in near if np.linalg.norm(o.eye - frame.eye) > 0.05][:2]
         found = [triangulate(frame, other) for other in near]
         if height_m is not None:
             below = frame.eye - np.array([0, 0, height_m], np.float32)
             found.append(np.repeat(below[None], 8, axis=0))
-        if found:
-            self.points = np.concatenate([self.points, _plausible(np.concatenate(found), frame)])
+        if measured is not None:
+            found.append(measured)
+        if any(len(points) for points in found):
+            points = _plausible(np.concatenate(found), frame)
+            if len(self.points) >= _GROUND_POINTS:  # one wrong pose must not sink the ground
+                deepest = float(frame.eye[2]) - _DEEPEST * (frame.eye[2] - self.ground(frame))
+                points = points[points[:, 2] > deepest]
+            self.points = np.concatenate([self.points, points])
             if len(self.points) > 1.2 * _POINTS:
                 self.points, self._tree = self.points[-_POINTS:], None
 

@@ -122,7 +122,7 @@ class TorchEngine(Engine[Batch]):
             d_raw = traced.slopes(self._put(d_rgb)).raw
             rows = torch_learn.ray_rows(scene, batch)
             g = torch_learn.ray_gradients(scene, batch, d_raw, rows)
-            running, damping = traced.lent["output_fisher"], self.adapt.fisher_damping
+            running, damping = traced.lent["ray_fisher"], self.adapt.fisher_damping
             q[batch.samples.ray] = torch_learn.information(g, rows, running, damping)
         scores: F32 = q.cpu().numpy()
         return scores

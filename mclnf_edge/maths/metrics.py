@@ -52,6 +52,10 @@ def aligned(a: Array, b: Array, mask: Mask | None = None) -> float:
     return psnr(align(a, b, mask), _unit(b), mask)
 
 
+SSIM_WINDOW = 11
+"""Pixels a side of the window of `ssim`, which smaller pictures do not have."""
+
+
 def ssim(a: Array, b: Array, mask: Mask | None = None) -> float:
     """Structural similarity (Wang et al. 2004), Gaussian window of sigma 1.5, mean over pixels.
 

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from mclnf_edge.store.inspection import Problem, map_check, map_info, module_info, snapshot
+from mclnf_edge.store.inspection import (
+    OPEN_MODULES,
+    Problem,
+    map_check,
+    map_info,
+    module_info,
+    snapshot,
+)
 from mclnf_edge.store.ledger import FrameRow, HeldFrame, ModuleRecord, PutStatus
 from mclnf_edge.store.map_store import DURABILITY, MapStore
 
@@ -11,6 +18,7 @@ __all__ = [
     "FrameRow",
     "HeldFrame",
     "MapStore",
+    "OPEN_MODULES",
     "ModuleRecord",
     "Problem",
     "PutStatus",

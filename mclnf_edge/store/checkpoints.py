@@ -19,7 +19,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from mclnf_edge.errors import Corrupt
-from mclnf_edge.store.files import DISK, FileSystem, remove, safe_name, write_durably
+from mclnf_edge.store.files import (
+    DISK,
+    FileSystem,
+    remove,
+    safe_name,
+    store_error,
+    write_durably,
+)
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +69,12 @@ class Checkpoints:
             raise Corrupt(f"{self.folder}: no generation of the checkpoint {name!r} is sound")
         return None
 
+    def set_aside(self, name: str) -> None:
+        """Give damaged generations another name, so that the next ones can be written."""
+        for path in self._slots(name):
+            if path.exists():
+                path.replace(path.with_name(path.name + ".damaged"))
+
     def drop(self, name: str) -> None:
         """Forget both generations."""
         for path in self._slots(name):
@@ -82,8 +95,11 @@ class Checkpoints:
 
 
 def read_checkpoint(path: Path) -> tuple[str, Arrays, dict[str, Any]]:
-    """(name, arrays, meta) of one file; raises Corrupt."""
-    data = path.read_bytes()
+    """(name, arrays, meta) of one file; raises Corrupt, or StoreError where it cannot be read."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise store_error(error, f"reading {path}") from error
     checked = data[len(MAGIC) + 32 :]
     if data[: len(MAGIC)] != MAGIC or data[len(MAGIC) : len(MAGIC) + 32] != _digest(checked):
         raise Corrupt(f"{path}: the checksum does not match ({len(data)} bytes)")
@@ -98,10 +114,13 @@ def read_checkpoint(path: Path) -> tuple[str, Arrays, dict[str, Any]]:
 
 def _generation(path: Path) -> int:
     """The number in the file's header, 0 when it is missing or not ours."""
-    if not path.exists():
+    try:
+        with path.open("rb") as file:
+            header = file.read(_HEADER)
+    except FileNotFoundError:
         return 0
-    with path.open("rb") as file:
-        header = file.read(_HEADER)
+    except OSError as error:
+        raise store_error(error, f"reading {path}") from error
     ours = len(header) == _HEADER and header.startswith(MAGIC)
     return int.from_bytes(header[-8:], "big") if ours else 0
 

@@ -229,7 +229,8 @@ def ledger_error(error: sqlite3.Error, doing: str) -> StoreError:
     """`error` in our terms. By its text: Python 3.10 does not tell SQLite's codes."""
     text = str(error)
     kind: type[StoreError] = StoreError
-    if any(part in text for part in ("disk is full", "disk I/O error", "readonly database")):
+    passing = ("disk is full", "disk I/O error", "readonly database", "database is locked")
+    if any(part in text for part in passing):
         kind = DiskFull
     elif any(part in text for part in ("malformed", "not a database")):
         kind = Corrupt

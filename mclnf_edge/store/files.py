@@ -18,7 +18,10 @@ from mclnf_edge.errors import DiskFull, StoreError
 TEMPORARY = ".tmp"
 """The suffix of a file that is still being written; found at opening, it is an orphan."""
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
+_NO_ROOM = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE,
+    errno.EMFILE, errno.ENFILE,
+)  # fmt: skip
 _PLAIN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 
 
@@ -66,7 +69,8 @@ DISK = FileSystem()
 
 
 def store_error(error: OSError, doing: str) -> StoreError:
-    """`error` in our terms: no room, a read-only disk and a failed fsync are `DiskFull`."""
+    """`error` in our terms: no room, no file descriptor left, a read-only disk and a failed fsync
+    are `DiskFull`: they may pass."""
     kind = DiskFull if error.errno in _NO_ROOM else StoreError
     return kind(f"{doing}: {error.strerror or error}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sqlite3
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ from mclnf_edge.store.map_store import (
     MapStore,
 )
 from mclnf_edge.store.module_store import ModuleStore
+
+OPEN_MODULES = "open_modules"
+"""Where a checkpoint's description has the entries of the modules that learn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +52,30 @@ def module_info(record: ModuleRecord) -> dict[str, Any]:
 
 
 def map_info(path: Path | str) -> dict[str, Any]:
-    """What a map holds: `meta`, `modules`, `streams`, `tasks` and the ledger's counts."""
+    """What a map holds: `meta`, `modules` (closed, and open at the last checkpoint), `streams`,
+    `tasks` and the ledger's counts."""
     with MapStore.open(path, read_only=True) as store:
         tasks = {task: state for task, (state, _) in store.tasks().items()}
+        modules = [module_info(record) for record in store.modules()]
         return {
             "path": str(path),
             "meta": store.meta(),
-            "modules": [module_info(record) for record in store.modules()],
+            "modules": [*modules, *_open_modules(store, modules)],
             "streams": store.streams(),
             "tasks": tasks,
             "checkpoints": store.checkpoint_names(),
             **store.counts(),
         }
+
+
+def _open_modules(store: MapStore, closed: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """What learned when the last checkpoint was written, and was not committed since."""
+    known = {(module["id"], module["version"]) for module in closed}
+    for name in store.checkpoint_names():
+        kept = store.checkpoint_load(name)
+        for module in kept[1].get(OPEN_MODULES, ()) if kept else ():
+            if (module["id"], module["version"]) not in known:
+                yield {**module, "state": "open"}
 
 
 def map_check(path: Path | str) -> list[Problem]:

@@ -81,6 +81,7 @@ class MapStore:
             return cls._checked(cls(path, Ledger(database), files, None), meta)
         if not (path / IDENTITY).exists():
             _create(path, create, files)
+        make_directory(path / CHECKPOINTS, files)
         lock = _locked(path)
         try:
             _refuse_lost_ledger(path)
@@ -98,6 +99,7 @@ class MapStore:
         """`store`, closed again if it is not the map that `meta` and map.json say."""
         try:
             identity = {"map_id": read_map_id(store.path), **(meta or {})}
+            _refuse_empty_ledger(store)
             if store.ledger.database.read_only:
                 store.ledger.require_meta(identity)
             else:
@@ -251,6 +253,10 @@ class MapStore:
         """See `Checkpoints.load`."""
         return self._checkpoints.load(name)
 
+    def checkpoint_set_aside(self, name: str) -> None:
+        """See `Checkpoints.set_aside`."""
+        self._checkpoints.set_aside(name)
+
     def checkpoint_drop(self, name: str) -> None:
         """Forget a checkpoint."""
         self._checkpoints.drop(name)
@@ -300,6 +306,14 @@ def _locked(path: Path) -> int:
         os.close(fd)
         raise StoreError(f"{path}: another daemon serves this map") from error
     return fd
+
+
+def _refuse_empty_ledger(store: MapStore) -> None:
+    """The same for a ledger that was emptied: it does not know its map."""
+    path = store.path
+    knows = "map_id" in store.ledger.meta() or store.ledger.modules()
+    if not knows and any((path / MODULES).glob("*.safetensors")):
+        raise Corrupt(f"{path / LEDGER}: empty, though {path / MODULES} holds modules")
 
 
 def _refuse_lost_ledger(path: Path) -> None:

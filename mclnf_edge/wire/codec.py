@@ -370,7 +370,7 @@ def _record(cls: type) -> _Plan:
             where = f"{path}.{field.name}"
             if field.rule.part and where in parts:
                 known[field.name] = _checked_part(parts[where], field.rule, where)
-            elif not field.rule.part and field.name in value:
+            elif not field.rule.part and value.get(field.name) is not None:
                 known[field.name] = field.plan.read(value[field.name], where, parts)
             elif field.required:
                 raise BadField(f"{where}: missing")

@@ -8,7 +8,7 @@ import time
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from mclnf_edge.errors import ProtocolError
+from mclnf_edge.errors import ConfigError, ProtocolError
 from mclnf_edge.wire.codec import decode
 from mclnf_edge.wire.keys import KeyPair
 from mclnf_edge.wire.messages import MAX_PART_BYTES, ErrorReply, Message, Welcome
@@ -131,8 +131,14 @@ class Link:
             socket.curve_serverkey = self._server_key.encode()
             socket.curve_publickey = self._client_keys.public.encode()
             socket.curve_secretkey = self._client_keys.secret.encode()
+        try:
+            socket.connect(self.address)
+        except zmq.ZMQError as error:
+            socket.close(0)
+            raise ConfigError(
+                f"address {self.address!r}: expected tcp://HOST:PORT ({error})"
+            ) from None
         self._monitor = socket.get_monitor_socket(_EVENTS)
-        socket.connect(self.address)
         self._socket, self.welcome, self._shaken = socket, None, False
         self.connection += 1
         self._quiet_since = now

@@ -315,7 +315,7 @@ class CloseTask(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class Closed(Message):
-    """The tasks that a `CloseTask` closed."""
+    """What a `CloseTask` closes: the task that was named, else the stream's open modules."""
 
     tag: ClassVar[str] = "closed"
     tasks: tuple[Label, ...] = ()

@@ -15,6 +15,8 @@ from mclnf_edge.errors import CaptureError
 from mclnf_edge.geometry import pose_from
 from mclnf_edge.images import encode_image
 from mclnf_edge.types import Camera, WorldFrame
+from mclnf_edge.wire.codec import decode, encode
+from mclnf_edge.wire.messages import PutFrame
 
 INTRINSICS = {"fl_x": 30.0, "fl_y": 31.0, "cx": 16.5, "cy": 9.25, "w": 32, "h": 18}
 ENU = {"type": "ENU", "origin_lat": 52.0, "origin_lon": 21.0, "origin_alt": 100.0, "units": "m"}
@@ -324,3 +326,49 @@ def test_unusable_layers_are_refused(content: dict, opened, tmp_path: Path, key:
     (tmp_path / "layer.png").write_bytes(b"no picture")
     with pytest.raises(CaptureError, match="0000.jpg"):
         opened(content).frames[0]
+
+
+def test_a_folder_is_called_by_its_name_wherever_it_is_opened_from(
+    content: dict, opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened(content)
+    monkeypatch.chdir(tmp_path)
+    for path in (".", "transforms.json"):
+        assert open_capture(Path(path)).name == tmp_path.name
+    long = tmp_path / ("flight" * 30)
+    (tmp_path / "images").rename(long.with_name("moved"))
+    long.mkdir()
+    (tmp_path / "moved").rename(long / "images")
+    (tmp_path / "transforms.json").rename(long / "transforms.json")
+    assert open_capture(long).name == long.name[:128]
+
+
+def test_names_and_rows_are_such_as_may_be_sent(
+    content: dict, opened, tmp_path: Path, write_picture
+) -> None:
+    odd = "images/Screenshot at 9.15\u202fAM.jpg"
+    write_picture(tmp_path / odd)
+    content["frames"][0]["file_path"] = odd
+    content["frames"][0]["transform_matrix"][3] = [0.0, 1e-7, 0.0, 1.0000001]
+    frame = opened(content).frames[0]
+    assert frame.T_world_camera[3].tolist() == [0, 0, 0, 1]
+    for frame in opened(content).frames:
+        decode(encode(PutFrame(session="s", stream="c", frame=frame)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c.update(w=10**400),
+        lambda c: c.update(fl_x=10**400),
+        lambda c: c["frames"][0].update(transform_matrix=[[10**400] * 4] * 4),
+        lambda c: (c.update(train_filenames=["a"]), c["frames"][0].update(file_path=["a"])),
+        lambda c: c["frames"][0].update(file_path="images/\0.jpg"),
+        lambda c: c["frames"][0].update(mask_path="images/\0.png"),
+        lambda c: c["frames"][0].update(depth_file_path="images/\0.png"),
+    ],
+)
+def test_absurd_values_are_named(content: dict, opened, change: Any) -> None:
+    change(content)
+    with pytest.raises(CaptureError):
+        list(opened(content).frames)

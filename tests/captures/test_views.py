@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mclnf_edge.captures.views import parse_views
+from mclnf_edge.commands import views_of
 from mclnf_edge.errors import CaptureError
 from mclnf_edge.types import Camera, WorldFrame
 
@@ -142,3 +143,9 @@ def test_a_split_of_a_capture(capture: Path, key: str, count: int) -> None:
 def test_frames_that_are_not_there(capture: Path, key: str) -> None:
     with pytest.raises(CaptureError, match="flight"):
         parse_views(f"{capture}#{key}")
+
+
+def test_numbers_may_be_longer_than_a_file_name() -> None:
+    numbers = " ".join(f"{x:.40f}" for x in np.eye(4).ravel())
+    (view,) = views_of(numbers, None, None)
+    assert len(numbers) > 255 and np.array_equal(view.T_world_camera, np.eye(4))

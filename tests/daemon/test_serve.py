@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from mclnf_edge.errors import MclnfError, RemoteError
+from mclnf_edge.images import encode_image
 from mclnf_edge.maths.metrics import psnr
 from mclnf_edge.store import MapStore, map_check
 from mclnf_edge.types import Frame, View, WorldFrame
@@ -102,6 +103,8 @@ def test_bad_frames_are_refused_by_name_and_the_rest_goes_on(
     good = flight.frames[0]
     nan, sheared = good.T_world_camera.copy(), good.T_world_camera.copy()
     nan[0, 3], sheared[0, 0] = np.nan, 3.0
+    tiny, small = np.zeros((10, 10), np.uint8), good.camera.scaled(10, 10)
+    whole = np.zeros((good.camera.height, good.camera.width), np.uint8)
     bad = {
         "pose": replace(good, seq=1, T_world_camera=nan),
         "rotation": replace(good, seq=2, T_world_camera=sheared),
@@ -109,6 +112,10 @@ def test_bad_frames_are_refused_by_name_and_the_rest_goes_on(
         "decode": replace(good, seq=4, image=b"not a picture at all"),
         "size": replace(good, seq=5, camera=replace(good.camera, width=64)),
         "cut": replace(good, seq=6, image=good.image[: len(good.image) // 2]),
+        "mask: expected": replace(good, seq=7, mask=b"\x89PNG\r\n\x1a\n!"),
+        "mask: the camera says": replace(good, seq=8, mask=encode_image(tiny, "png")),
+        "depth: expected": replace(good, seq=9, depth=encode_image(whole, "png")),
+        "at least 32 pixels": replace(good, seq=10, camera=small, image=encode_image(tiny, "png")),
     }
     reasons: list[str] = []
     with daemon.client("bad") as client:
@@ -119,6 +126,9 @@ def test_bad_frames_are_refused_by_name_and_the_rest_goes_on(
             except MclnfError as error:  # what is no frame at all is an error of its own
                 reasons.append(str(error))
         assert len(reasons) == len(bad) and all(reasons)
+        assert all(word in reason for word, reason in list(zip(bad, reasons, strict=True))[6:])
+        held_out = replace(flight.frames[2], seq=20, split="test")
+        assert client.publish([held_out])["redundant"] == 1, "it is not learned from"
         assert client.publish([replace(flight.frames[1], seq=30)])["accepted"] == 1
         assert client.status()["streams"][0]["last_seq"] == 30
 

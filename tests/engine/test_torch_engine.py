@@ -151,7 +151,7 @@ def test_steps_are_those_of_the_kernels() -> None:
         engine._update(ours, batch, d_rgb, weights, 0.5)
     assert kernels.plane_scale is not None and engine.plane_scale is not None
     np.testing.assert_allclose(engine.plane_scale, kernels.plane_scale, rtol=1e-3)
-    for name in ("features", "fisher", "weights", "moment", "output_fisher", "adam_steps"):
+    for name in ("features", "fisher", "weights", "moment", "ray_fisher", "adam_steps"):
         a, b = getattr(ours, name), getattr(theirs, name)
         np.testing.assert_allclose(a, b, rtol=1e-2, atol=2e-3 * np.abs(b).max(), err_msg=name)
     assert not np.array_equal(ours.features, small.make_pool().features)

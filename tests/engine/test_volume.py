@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mclnf_edge.engine import learn, volume
-from mclnf_edge.engine.field import HIDDEN
+from mclnf_edge.engine.field import HIDDEN, MLP_SIZE
 from mclnf_edge.mapping.modules import ModulePool
 from mclnf_edge.maths import radiance
 from mclnf_edge.maths.radiance import Placed
@@ -277,6 +277,45 @@ def test_gradients_of_every_parameter(pool: ModulePool, traced: dict[str, Any]) 
     rows = {int(pool.owner[s]) for s in learning}
     others = [r for r in range(pool.rows) if r not in rows]
     assert not gradient[others].any() and not d_weights[others].any(), "a frozen module was trained"
+
+
+def test_exact_scores_are_every_rays_whole_gradient(
+    pool: ModulePool, traced: dict[str, Any]
+) -> None:
+    """q = sum g^2 / F over every parameter of every module a ray meets, texels included."""
+    random = np.random.default_rng(8)
+    d_rgb = random.normal(0, 1, (RAYS, 3)).astype(np.float32)
+    count, size = small.LAYOUT.features, small.LAYOUT.features + MLP_SIZE
+    inverse = random.uniform(0.5, 2, (pool.rows, size)).astype(np.float32)
+    scene, tape = traced["scene"], traced["tape"]
+    sums, q = np.zeros((pool.rows, size), np.float32), np.zeros(RAYS, np.float32)
+    rays = np.zeros(pool.rows, np.float32)
+    for a, b in ((0, 40), (40, RAYS)):
+        volume.exact_scores(
+            scene, tape, pool.transposed.reshape(-1), d_rgb, a, b, SAMPLES, inverse, sums, rays,
+            np.zeros(pool.rows, np.int64), pool.gradient[0].reshape(-1),
+            pool.weight_gradient[0].reshape(-1), pool.touched[0], pool.queue[0], q,
+        )  # fmt: skip
+    assert not pool.gradient[0].any() and not pool.weight_gradient[0].any()
+    assert not pool.touched[0].any(), "the next step finds them clean"
+    expected, inputs = np.zeros(RAYS), (*traced["rays"], traced["width"])
+    for s in (s for s in pool.slot_of.values() if pool.owner[s] >= 0):
+        row = int(pool.owner[s])
+
+        def loss(params: Any, o: Any, d: Any, t: Any, w: Any, g: Any, row: int = row) -> Any:
+            modules = modules_with(pool, row, params)
+            picture = radiance.render(modules, o[None], d[None], t[None], w[None])
+            return (picture.rgb[0] * g).sum()
+
+        grads = torch.func.vmap(torch.func.grad(loss), (None, 0, 0, 0, 0, 0), chunk_size=32)(
+            small.split(pool.features[s], pool.weights[s]), *inputs, torch.tensor(d_rgb).double()
+        )
+        square = torch.cat([g.flatten(1) for g in grads.values()], dim=1).square().numpy()
+        expected += square @ inverse[row].astype(np.float64)
+        assert np.linalg.norm(sums[row] - square.sum(0)) < 5e-3 * np.linalg.norm(square.sum(0))
+        assert square[:, :count].sum() > 0 and rays[row] >= (square.sum(1) > 0).sum() > 5
+    assert np.allclose(q, expected, rtol=5e-3, atol=1e-6 * expected.max())
+    assert not sums[[r for r in range(pool.rows) if r not in pool.owner]].any()
 
 
 def test_scores_are_squared_ray_gradients(pool: ModulePool, traced: dict[str, Any]) -> None:

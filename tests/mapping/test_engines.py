@@ -18,6 +18,7 @@ from mclnf_edge.mapping import device, engines
 from mclnf_edge.mapping.engines import KERNELS, Compute, choose, open_start
 from mclnf_edge.mapping.initialization import SHIPPED, load_init, save_init
 from mclnf_edge.mapping.mapper import Mapper
+from mclnf_edge.mapping.modules import _with_surface
 from mclnf_edge.mapping.torch_engine import TorchEngine
 from mclnf_edge.maths.metrics import psnr
 from mclnf_edge.types import ModuleSnapshot
@@ -125,8 +126,9 @@ def test_closed_modules_stay_while_others_learn_on_copies() -> None:
     assert snapshot is not None and m.pool is not None and m.learning()
     flights.learn(m, 5)
     lent = m.optimizer.lend(m.pool)  # type: ignore[attr-defined]
+    committed = _with_surface(snapshot.arrays)
     for name in ("features", "weights", "density", "surface", "seen"):
-        want = snapshot.arrays[name].astype(lent[name].numpy().dtype)
+        want = committed[name].astype(lent[name].numpy().dtype)
         np.testing.assert_array_equal(lent[name][module.slot].numpy(), want.reshape(-1).reshape(
             lent[name][module.slot].shape), err_msg=name)  # fmt: skip
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from mclnf_edge.inference.renderer import Renderer
-from mclnf_edge.mapping.exposures import Exposures, Taken, predict
+from mclnf_edge.mapping.exposures import Exposures, Taken, predict, update
 from tests.mapping import flights
 
 TIMES = np.arange(40) * 2.0
@@ -104,3 +105,12 @@ def test_a_view_is_metered_by_what_the_map_shows_of_it() -> None:
     away.T_world_camera[0, 3] += 1e5
     renderer.gain(m.pool, m.origins[0], away, meter)
     assert abs(asked[1] - 0.5) < 0.01, "nothing is known there"
+
+
+def test_a_ray_without_a_number_moves_no_exposure() -> None:
+    held = SimpleNamespace(gain=np.zeros(3, np.float32), anchored=False)
+    which = np.zeros(3, np.int32)
+    residual, shown = np.full((3, 3), 0.1, np.float32), np.full((3, 3), 0.5, np.float32)
+    residual[1], shown[2] = np.nan, np.inf
+    update([held], which, residual, shown)  # type: ignore[list-item]
+    assert np.isfinite(held.gain).all() and (held.gain != 0).all()

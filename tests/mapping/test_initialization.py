@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import pickle
@@ -15,7 +16,13 @@ import torch
 from mclnf_edge.config import ServeConfig
 from mclnf_edge.engine.field import MLP_SIZE, random_mlp
 from mclnf_edge.errors import InitError
-from mclnf_edge.mapping.initialization import MAX_BYTES, load_init, save_init
+from mclnf_edge.mapping.initialization import (
+    MAX_BYTES,
+    init_file,
+    load_init,
+    open_init,
+    save_init,
+)
 from mclnf_edge.mapping.mapper import Mapper
 
 
@@ -137,3 +144,38 @@ def test_mapper_refuses_parameters_of_another_size() -> None:
     config = ServeConfig()
     with pytest.raises(InitError, match=f"expected {MLP_SIZE} parameters"):
         Mapper(config.map, config.field, config.adapt, np.zeros(7, np.float32))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mlp": torch.zeros(MLP_SIZE, dtype=torch.bfloat16)},
+        {"mlp": torch.zeros(MLP_SIZE).to_sparse()},
+        {"mlp": torch.zeros(MLP_SIZE, requires_grad=True)},
+        {"version": torch.zeros(3)},
+        {"modality": ["posed"]},
+        {"kind": {}},
+    ],
+)
+def test_odd_parts_are_refused_by_name(written: Path, change: dict[str, Any]) -> None:
+    with pytest.raises(InitError):
+        open_init(changed(written, **change))
+
+
+def test_flipped_bytes_are_refused_or_harmless(written: Path) -> None:
+    content = written.read_bytes()
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        data = bytearray(content)
+        data[random.integers(0, 1500)] ^= 1 << random.integers(0, 8)
+        written.write_bytes(data)
+        with contextlib.suppress(InitError):
+            open_init(written)
+
+
+def test_signal_inits_with_odd_parts_are_refused(tmp_path: Path) -> None:
+    shipped = torch.load(init_file(Path("image")), weights_only=True)
+    for change in ({"rates": "x"}, {"rates": float("nan")}, {"modality": ["image"]}):
+        torch.save(shipped | change, tmp_path / "odd.pt")
+        with pytest.raises(InitError):
+            open_init(tmp_path / "odd.pt")

@@ -17,6 +17,7 @@ from mclnf_edge.images import encode_image
 from mclnf_edge.mapping.mapper import Closing, Mapper
 from mclnf_edge.mapping.modules import ModulePool
 from mclnf_edge.store.checkpoints import Checkpoints
+from mclnf_edge.types import ModuleSnapshot
 from tests.mapping import flights
 from tests.mapping.flights import ADAPT, CELL_M, FIELD, Flight, learn, mapper, render, score
 
@@ -222,7 +223,7 @@ def test_a_restart_changes_no_bit(flight: Flight, tmp_path: Path) -> None:
     for cell, module in m.modules.items():
         twin = again.modules[cell]
         assert slot_bytes(m, module.slot) == slot_bytes(again, twin.slot)
-        for name in ("fisher", "moment", "square", "output_fisher", "adam_steps"):
+        for name in ("fisher", "moment", "square", "ray_fisher", "adam_steps"):
             a, b = getattr(m.pool, name)[module.row], getattr(again.pool, name)[twin.row]
             assert np.array_equal(a, b), name
     for a, b in zip(m.frames.values(), again.frames.values(), strict=True):
@@ -280,6 +281,80 @@ def test_a_module_whose_task_has_ended_waits_for_no_more_frames(flight: Flight) 
     for module in m.modules.values():
         module.last_frame_at -= 60.0
     assert not m.settle(), "what has learned is left alone"
+
+
+def test_what_a_later_task_sees_waits_for_the_next_version(flight: Flight) -> None:
+    kept: dict[tuple[str, int], ModuleSnapshot] = {}
+    config = MapConfig(cell_size_m=CELL_M, tasks="publisher", inactivity_s=1e6)
+    m = Mapper(config, FIELD, ADAPT, flights.INIT, 1, recall=lambda name, v: kept[name, v])
+    for i, frame in enumerate(flight.frames):
+        m.add(i, flights.STREAM, replace(frame, task="east"))
+    m.settle()
+    for i, frame in enumerate(flight.frames):
+        m.add(100 + i, flights.STREAM, replace(frame, task="west"))
+    m.settle()
+    learn(m)
+    assert all(max(module.frames) < 100 for module in m.learning())
+    assert all((f.rays > 0) == (f.id < 100) for f in m.frames.values())
+    finished = m.finished()
+    assert len(finished) == len(m.modules) > 2, "the next task ended the one before"
+    for module in finished:
+        closing = m.close(module)
+        assert closing.snapshot is not None and set(closing.let_go) <= set(range(100))
+        kept[module.id, 1] = closing.snapshot
+        m.forget(closing.let_go)
+    assert m.settle() and {module.version for module in m.learning()} == {2}
+    assert all(min(module.frames - {*range(100)}) >= 100 for module in m.learning())
+    assert m.step() is not None
+
+
+def test_the_end_of_a_streams_task_closes_what_its_frames_are_in(flight: Flight) -> None:
+    m = Mapper(MapConfig(cell_size_m=CELL_M), FIELD, ADAPT, flights.INIT, 1)
+    for i, frame in enumerate(flight.frames):
+        m.add(i, "session/here", frame)
+    for i, frame in enumerate(flight.shifted((1000.0, 0.0, 0.0)).frames):
+        m.add(100 + i, "session/there", replace(frame, task="roof"))
+    m.settle(last=True)
+    for stream, task in (("session/there", "street"), ("session/elsewhere", None)):
+        m.end_task(stream, task)
+        assert not any(module.asked for module in m.learning())
+    m.end_task("session/there", "roof")
+    asked = {min(module.frames) >= 100 for module in m.learning() if module.asked}
+    assert asked == {True}
+    m.end_task("session/here", None)
+    assert all(module.asked for module in m.learning())
+
+
+def test_each_stream_hovers_at_its_own_height(flight: Flight) -> None:
+    m = Mapper(MapConfig(cell_size_m=CELL_M), FIELD, ADAPT, flights.INIT, 1)
+    for i, frame in enumerate(flight.frames):
+        m.add(i, "session/drone", frame)
+        low = frame.T_world_camera.copy()
+        low[2, 3] -= 26.0  # four metres above the ground
+        m.add(100 + i, "session/robot", replace(frame, T_world_camera=low, height_m=4.0))
+    assert m.hover_m["session/drone"] == pytest.approx(0.004 * 30, rel=0.2)
+    assert m.hover_m["session/robot"] < 0.25 * m.hover_m["session/drone"]
+
+
+def test_a_lone_frame_is_mapped_when_no_other_came(flight: Flight) -> None:
+    m = Mapper(MapConfig(cell_size_m=CELL_M), FIELD, ADAPT, flights.INIT, 1)
+    m.add(0, flights.STREAM, replace(flight.frames[0], height_m=None))
+    assert not m.settle(), "another one may come"
+    m.frames[0].arrived -= 60.0
+    assert m.settle() and m.learning() and m.step() is not None
+
+
+def test_frames_that_taught_nothing_are_counted(flight: Flight) -> None:
+    m = mapper(flight.frames)
+    learn(m)
+    for module in m.finished():
+        m.forget(m.close(module).let_go)
+    assert m.facts()["frames_untrained"] == 0 and not m.frames
+    m.add(50, flights.STREAM, flight.frames[0])
+    m.settle()
+    assert m.unused() == {50: 0}
+    m.forget(m.unused())
+    assert m.facts()["frames_untrained"] == 1
 
 
 def test_a_slow_flight_is_learned_as_well_as_one_that_came_at_once(flight: Flight) -> None:
@@ -405,3 +480,42 @@ def test_masked_pictures_teach_nothing(flight: Flight) -> None:
     assert m.optimizer.steps == 3 and m.psnr is None
     assert all(x.psnr is None for x in m.modules.values())
     assert np.array_equal(m.pool.weights, before)
+
+
+def test_heights_far_below_the_origin_keep_their_centimetres(flight: Flight) -> None:
+    """Stored in half precision, which knows -1,000 m to half a metre."""
+    deep = flight.shifted((60.0, 0.0, -1000.0)).frames
+    m = mapper([flight.frames[0], *deep])
+    assert m.pool is not None
+    for module in m.learning():
+        before = m.pool.surface[module.slot].copy()
+        closing = m.close(module)
+        assert closing.snapshot is not None and "surface" not in closing.snapshot.arrays
+        now = m.pool.surface[module.slot]
+        height = 1 / m.pool.band[module.slot, 1]
+        assert np.abs(now - before).max() < 1e-3 * height
+        m.pool.load(module.cell, closing.snapshot.arrays)
+        assert np.array_equal(m.pool.surface[module.slot], now)
+    assert any(m.pool.band[module.slot, 0] < -900 for module in m.modules.values())
+
+
+@pytest.mark.parametrize("wrong", [3, 4, 5])
+def test_one_wrong_pose_does_not_sink_the_ground(flight: Flight, wrong: int) -> None:
+    m = mapper(flight.frames)
+    lowest = m.structures[0].points[:, 2].min()
+    m.frames.clear()  # the first flight is closed, another one comes
+    for i, frame in enumerate(flight.frames):
+        pose = frame.T_world_camera.copy()
+        pose[0, 3] += 300.0 * (i == wrong)
+        m.add(50 + i, flights.STREAM, replace(frame, T_world_camera=pose))
+    assert m.structures[0].points[:, 2].min() > lowest - 12 * 33.0, "else a kilometre and more"
+
+
+def test_a_module_stops_when_its_rays_bring_little_more(flight: Flight) -> None:
+    steps = {}
+    for level in (0.0, 0.2, 0.9):
+        m = mapper(flight.frames, passes=3.0, gain_level=level)
+        steps[level] = learn(m, 5000)
+        assert all(module.levelled for module in m.learning()) == (level == 0.9)
+        assert len(m.finished()) == len(m.modules)
+    assert steps[0.9] < 0.5 * steps[0.0] and steps[0.2] <= steps[0.0]

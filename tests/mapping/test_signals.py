@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from mclnf_edge.mapping.initialization import (
     load_signal_init,
     open_init,
 )
+from mclnf_edge.mapping.signal_modules import psnr_of
 from mclnf_edge.mapping.signals import SignalMapper
 from mclnf_edge.maths.metrics import psnr
 from mclnf_edge.sounds import decode_sound, encode_s16, encode_wav, read_sound
@@ -225,3 +227,13 @@ def test_the_shipped_start_of_sounds_learns_speech_sooner_than_a_random_one(
         shown = render_sound(mapper, key, (0.0, len(truth) / signal.rate_hz))[0]
         found.append(psnr(shown, truth, peak=2.0))
     assert found[0] > found[1] + 1
+
+
+def test_sounds_beyond_reason_are_refused_and_divergence_has_a_number() -> None:
+    for values in ([1e20, 0.0], [3e38, 3e38], [17.0, 0.0]):
+        data = np.array(values, "<f4").tobytes()
+        with pytest.raises(FrameRejected, match="at most 16 times full scale"):
+            decode_sound(data, "f32le", (1, 2))
+    assert decode_sound(np.array([2.0, 1.0], "<f4").tobytes(), "f32le", (1, 2)) == [1.5]
+    for mse in (math.nan, math.inf, 1e300):
+        assert psnr_of(mse, "image") == -120

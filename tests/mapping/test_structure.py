@@ -11,7 +11,8 @@ import pytest
 
 from mclnf_edge.config import MapConfig
 from mclnf_edge.engine.volume import FAR
-from mclnf_edge.mapping.frames import TILE, HeldFrame, triangulate
+from mclnf_edge.images import encode_image
+from mclnf_edge.mapping.frames import TILE, HeldFrame, depth_points, hold, triangulate
 from mclnf_edge.mapping.mapper import Mapper
 from mclnf_edge.mapping.structure import RASTER, Structure, auto_cell
 from tests import blocks
@@ -117,6 +118,32 @@ def test_height_above_ground_stands_in_for_parallax(frames: list[HeldFrame]) -> 
     assert s.ground(frames[0]) == pytest.approx(-155, abs=0.1)
     low, high = s.band((0, 0, 0), HEIGHT)
     assert low < -155 < high
+
+
+def test_depth_pictures_stand_in_for_parallax(ground: Ground) -> None:
+    """Also of large pictures, which are held smaller, and of cameras that bend rays."""
+    for cam in (
+        blocks.camera(320, 240),
+        blocks.camera(1920, 1440),
+        replace(blocks.camera(320, 240), model="OPENCV", distortion=(0.02, 0.0, 0.0, 0.0)),
+    ):
+        T = blocks.pose(40.0, 30.0, HEIGHT - 155.0)
+        units = np.full((cam.height, cam.width), 3000, np.uint16)  # 30 m in centimetres
+        units[: cam.height // 4] = 0  # unknown
+        pixels = np.full((cam.height, cam.width, 3), 90, np.uint8)
+        frame = replace(
+            blocks.frame(cam, T, pixels, 0), depth=encode_image(units, "png"), depth_scale_m=0.01
+        )
+        one = hold(0, "s", frame, 0, np.zeros(3), "")
+        points = depth_points(frame, one)
+        assert 150 < len(points) <= 192 and np.allclose(points[:, 2], HEIGHT - 185.0, atol=0.01)
+        q = np.column_stack([points, np.ones(len(points))]) @ one.projection().T
+        inside = q[:, :2] / q[:, 2:] / one.size
+        assert inside.min() > 0 and inside.max() < 1 and (inside[:, 1] > 0.22).all()
+        s = Structure(20.0)
+        s.add_frame(one, [], None, points)
+        assert s.ground(one) == pytest.approx(HEIGHT - 185.0, abs=0.1)
+    assert len(depth_points(replace(frame, depth=None), one)) == 0
 
 
 # -- cells ------------------------------------------------------------------------------------

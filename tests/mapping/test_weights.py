@@ -10,7 +10,9 @@ import torch
 
 from mclnf_edge.engine import volume
 from mclnf_edge.engine.field import HIDDEN
+from mclnf_edge.errors import ConfigError
 from mclnf_edge.mapping import mapper, optimizer
+from mclnf_edge.mapping.engines import Compute
 from mclnf_edge.mapping.mapper import Mapper
 from mclnf_edge.maths import radiance
 from tests.engine import scene as small
@@ -46,6 +48,29 @@ def test_scores_rank_rays_as_the_exact_diagonal_does(
     record_property(f"spearman_after_{steps}_steps", round(correlation, 3))
     print(f"Spearman after {steps} steps, {len(mine)} rays: {correlation:.3f}")
     assert len(mine) > 60 and correlation >= 0.8
+
+
+def test_the_exact_diagonal_weighs_rays_and_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    m = flights.mapper(flights.flight().frames, rays_per_step=RAYS, weighting="diagonal")
+    assert m.pool is not None
+    size = m.pool.layout.features + m.pool.layout.weights
+    assert m.pool.ray_fisher.shape[1] == size
+    before = m.step()
+    first = m.pool.ray_fisher.copy()
+    assert before is not None and before.weights.std() > 0.01
+    assert before.weights.mean() == pytest.approx(1, abs=0.01)
+    m.step()
+    assert (m.pool.ray_fisher != first).any() and np.isfinite(m.pool.ray_fisher).all()
+    again = flights.mapper_of_nothing()
+    again.optimizer.adapt = m.adapt
+    arrays, meta = m.checkpoint()
+    again.restore(arrays, meta)
+    assert again.pool is not None and again.pool.ray_fisher[again.learning()[0].row].any()
+    plain = flights.mapper_of_nothing()
+    plain.restore(arrays, meta)
+    assert plain.pool is not None and not plain.pool.ray_fisher.any(), "weighed otherwise: anew"
+    with pytest.raises(ConfigError, match="needs the compiled kernels"):
+        flights.mapper([], compute=Compute("torch", "cpu"), weighting="diagonal")
 
 
 def scores_kept(kept: list[Any]) -> Any:

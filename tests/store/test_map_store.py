@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sqlite3
@@ -13,7 +14,8 @@ import pytest
 
 from mclnf_edge.errors import Corrupt, DiskFull, MapMismatch, StoreError
 from mclnf_edge.store import FrameRow, MapStore, map_check, map_info, snapshot
-from mclnf_edge.store.files import safe_name
+from mclnf_edge.store.database import ledger_error
+from mclnf_edge.store.files import safe_name, store_error
 from mclnf_edge.types import ModuleSnapshot
 
 META = {"init_digest": "abc", "cell_size_m": 40.0, "world": {"crs": "local-enu", "origin": None}}
@@ -341,3 +343,36 @@ def test_a_thousand_modules_are_ready_within_three_seconds(tmp_path: Path) -> No
     with MapStore.open(tmp_path / "map") as store:
         assert len([r for r in store.modules() if r.state == "closed"]) == 1001
     assert time.perf_counter() - start < 3
+
+
+def test_an_emptied_ledger_is_no_reason_to_tidy_modules_away(
+    store: MapStore, tmp_path: Path
+) -> None:
+    store.commit_module(module())
+    store.close()
+    for part in tmp_path.glob("map/ledger.db*"):
+        part.write_bytes(b"")
+    for _ in range(2):  # SQLite has made fresh tables by then
+        with pytest.raises(Corrupt, match="empty, though"):
+            MapStore.open(tmp_path / "map", meta=META)
+    assert len(list((tmp_path / "map" / "modules").iterdir())) == 1
+
+
+def test_a_missing_folder_of_checkpoints_is_made_again(store: MapStore, tmp_path: Path) -> None:
+    store.close()
+    (tmp_path / "map" / "checkpoints").rmdir()
+    with MapStore.open(tmp_path / "map", meta=META) as again:
+        again.checkpoint_save("open", {}, {"turn": 1})
+        assert again.checkpoint_names() == ["open"]
+
+
+def test_what_may_pass_is_waited_for(tmp_path: Path, store: MapStore) -> None:
+    """No descriptor left, or another program at the ledger, ends no daemon."""
+    assert type(store_error(OSError(errno.EMFILE, "too many"), "reading")) is DiskFull
+    assert type(ledger_error(sqlite3.OperationalError("database is locked"), "a")) is DiskFull
+    store.checkpoint_save("open", {}, {})
+    (path,) = (tmp_path / "map" / "checkpoints").glob("open.a.ckpt")
+    path.unlink()
+    path.mkdir()  # cannot be read as a file
+    with pytest.raises(StoreError):
+        store.checkpoint_save("open", {}, {})

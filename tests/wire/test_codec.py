@@ -22,6 +22,7 @@ from mclnf_edge.wire.messages import (
     MAX_PARTS,
     MESSAGES,
     PROTOCOL,
+    Hello,
     Message,
     Progress,
     PutFrame,
@@ -317,7 +318,7 @@ def test_nested_largest_lists_stay_within_a_stated_bound() -> None:
         PutFrame(session="s", stream="c", frame=frame(image="text")),  # type: ignore[arg-type]
         PutSignal(session="s", stream="c", signal=frame()),  # type: ignore[arg-type]
         Progress(steps=-1),
-        Progress(modules_open=None),  # type: ignore[arg-type]
+        Progress(modules_open="two"),  # type: ignore[arg-type]
     ],
 )
 def test_a_bad_message_is_refused_by_its_sender(message: Message) -> None:
@@ -364,3 +365,13 @@ def test_view_without_optional_fields() -> None:
     message = dataclasses.replace(request, view=bare)  # type: ignore[call-arg]
     assert plain(decode(encode(message))) == plain(message)
     assert decode(encode(StatusRequest(id=4))) == StatusRequest(id=4)
+
+
+def test_nil_is_absent() -> None:
+    parts = encode(Hello(session="s", stream="camera"))
+    header = msgpack.unpackb(parts[0])
+    header["f"]["stream"] = None
+    assert decode([msgpack.packb(header)]) == Hello(session="s")
+    header["f"]["session"] = None
+    with pytest.raises(BadField, match="session: missing"):
+        decode([msgpack.packb(header)])
