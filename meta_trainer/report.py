@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import mimetypes
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,11 +127,19 @@ def agreement(rows: Sequence[Row]) -> dict[str, tuple[int, int, list[str]]]:
     return found
 
 
+class Try(NamedTuple):
+    """Changes of one or both of a pair's methods, the difference then, if intervals overlap."""
+
+    told: tuple[str, ...]
+    difference: float
+    level: bool
+
+
 def explanations(rows: Sequence[Row], tried: Sequence[Row], dataset: str) -> Iterator[str]:
     """For each pair out of the paper's order, which of the changes of `causes` put it in order.
 
-    A method that ran further is compared with the other one only where that did, too, and then by
-    the best that each has within the steps that both took.
+    A change of one method counts before changes of both, and these before one with which the two
+    are level: their intervals overlap.
 
     Args:
         rows: one metric's rows of a table.
@@ -139,23 +147,48 @@ def explanations(rows: Sequence[Row], tried: Sequence[Row], dataset: str) -> Ite
         dataset: whose rows.
     """
     tried = [r for r in tried if r["metric"] == rows[0]["metric"]]
-    further = {r["of"]: r for r in tried if r["further"]}
-    changed = [r for r in tried if not r["further"]]
     for pair in pairs(rows, dataset):
         if pair.agrees:
             continue
-        a, b = pair.a["method"], pair.b["method"]
-        differences = [
-            (r["method"], r["best"] - pair.b["best"]) for r in changed if r["of"] == a
-        ] + [(r["method"], pair.a["best"] - r["best"]) for r in changed if r["of"] == b]
-        if a in further and b in further:
-            steps = min(int(list(further[m]["curve"])[-1]) for m in (a, b))
-            difference = _best_to(further[a], steps) - _best_to(further[b], steps)
-            differences.append((f"both to {steps} steps", difference))
-        good = [name for name, difference in differences if pair.printed * difference > 0]
-        count = len(differences)
-        told = f"in order with {' or '.join(good)}" if good else f"not with any of {count} changes"
-        yield f"{a} / {b}: {told}"
+        changes = _tries(pair, tried)
+        good = [t.told for t in changes if pair.printed * t.difference > 0]
+        fewest = min(map(len, good), default=0)
+        if good:
+            told = "in order with " + _or(t for t in good if len(t) == fewest)
+        elif any(t.level for t in changes):
+            told = "level, as their intervals overlap, with " + _or(
+                t.told for t in changes if t.level
+            )
+        else:
+            told = f"not with any of {len(changes)} changes"
+        yield f"{pair.a['method']} / {pair.b['method']}: {told}"
+
+
+def _tries(pair: Pair, tried: Sequence[Row]) -> list[Try]:
+    """Every change of either method, of both, and more steps of both.
+
+    Those are compared by the best that each has within the steps that both took.
+    """
+    ways = [
+        [own, *(r for r in tried if r["of"] == own["method"] and not r["further"])]
+        for own in (pair.a, pair.b)
+    ]
+    found = []
+    for a, b in itertools.product(*ways):
+        told = tuple(r["method"] for r in (a, b) if "of" in r)
+        level = _overlap(a.get("interval"), b.get("interval"))
+        found.append(Try(told, a["best"] - b["best"], level))
+    further = {r["of"]: r for r in tried if r["further"]}
+    longer = [further.get(own["method"]) for own in (pair.a, pair.b)]
+    if longer[0] is not None and longer[1] is not None:
+        steps = min(int(list(row["curve"])[-1]) for row in longer if row)
+        difference = _best_to(longer[0], steps) - _best_to(longer[1], steps)
+        found.append(Try((f"both to {steps} steps",), difference, False))
+    return found[1:]  # the first is the pair as it is
+
+
+def _or(changes: Iterable[tuple[str, ...]]) -> str:
+    return " or ".join(" and ".join(change) for change in changes)
 
 
 def _best_to(row: Row, steps: int) -> float:

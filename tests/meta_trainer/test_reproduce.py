@@ -327,8 +327,16 @@ def test_explanations_name_the_changes_that_put_a_pair_in_order() -> None:
              longer("MOL", [1, 2, None, 50]), longer("Ours (mod)", [3, 2, 1])]  # fmt: skip
     assert list(explanations(rows, tried, "d")) == [
         "MOL / Ours (mod): in order with MOL (one task's batch) or both to 4 steps",
-        "MOL / ER: not with any of 2 changes",
+        "MOL / ER: not with any of 3 changes",
     ]
+    both = [*tried, changed("ER", "at once", 26)]
+    assert list(explanations(rows, both, "d"))[1] == (
+        "MOL / ER: in order with MOL (one task's batch) and ER (at once)"
+    )
+    near = [changed("ER", "at once", 26) | {"interval": (20, 31)}]
+    rows[0]["interval"] = (29, 32)
+    told = list(explanations(rows, near, "d"))
+    assert told[1] == "MOL / ER: level, as their intervals overlap, with ER (at once)"
 
 
 def test_endings_stand_beside_the_papers() -> None:
