@@ -72,7 +72,6 @@ def serve(
     """
     config = computing(config, device)
     keyring = prepare(config)
-    _take_descriptors()
     start = open_cached(config, init)
     if isinstance(start, SignalInitialization) and config.compute.device == "cuda":
         raise ConfigError(
@@ -102,8 +101,9 @@ def computing(config: ServeConfig, device: str | None) -> ServeConfig:
 
 
 def prepare(config: ServeConfig) -> Keyring | None:
-    """Start the log and read the keys; raises ConfigError."""
+    """Start the log, allow open files and read the keys; raises ConfigError."""
     logs.configure(config.watch.log)
+    _take_descriptors()
     if config.security.keys is None:
         return None
     return Keyring.load(config.security.secret_file, config.security.authorised_file)

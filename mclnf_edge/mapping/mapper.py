@@ -186,7 +186,12 @@ class Mapper:
         return f"{stream}{_OF}{frame.task or ''}"
 
     def _begin_task(self, stream: str, task: str) -> None:
-        """A stream is in one task at a time: its last one ends where the next begins."""
+        """A stream is in one task at a time: its last one ends where the next begins.
+
+        A grid's tasks are its cells, whatever frames are called.
+        """
+        if self.config.tasks == "grid":
+            return
         before = self.task_of.get(stream)
         if before is not None and before != task:
             self.ended.add(before)
