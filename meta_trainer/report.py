@@ -391,6 +391,7 @@ def _by_metric(rows: Sequence[Row]) -> list[list[Row]]:
 def _plot(parts: Sequence[Sequence[Row]], path: Path) -> None:
     """Quality against steps (log axis), one axis per data set and metric, the paper's best as
     marks."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     shown = [
@@ -399,7 +400,10 @@ def _plot(parts: Sequence[Sequence[Row]], path: Path) -> None:
     figure = Figure(figsize=(5 * len(shown), 4), layout="constrained")
     for axis, (rows, dataset) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown,
                                      strict=True):  # fmt: skip
-        for row in (r for r in rows if r["dataset"] == dataset and "curve" in r):
+        lines = [r for r in rows if r["dataset"] == dataset and "curve" in r]
+        if len(lines) > 10:  # than colours that come by themselves
+            axis.set_prop_cycle(color=colormaps["tab20"].colors)  # type: ignore[attr-defined]
+        for row in lines:
             x = [int(k) for k in row["curve"]]
             label = " ".join(str(row[k]) for k in ("method", "width", "tasks") if k in row)
             (line,) = axis.plot(x, list(row["curve"].values()), marker=".", label=label)

@@ -102,7 +102,7 @@ def make_row(
         "n": len(signals),
         "seed_std": float(np.std(per_seed)),
         "interval": bootstrap(per_signal),
-        "compute_s": sum(r["seconds"] for r in records),
+        "compute_s": {r["key"]: r["seconds"] for r in records},
         "forgetting": mean_known([mean_known(r["forgetting"]) for r in records]),
         "transfer": mean_known([mean_known(r["transfer"]) for r in records]),
         "rate": records[0]["rate"],
@@ -409,14 +409,16 @@ def reproduce(
         _tell_counts(jobs[n], settings, n)
     parts = (TARGETS[target](job, found[n]) for n, job in jobs.items())
     rows = list(tqdm(chain.from_iterable(parts), unit="row"))
-    took = sum(row.pop("compute_s", 0.0) for row in rows)  # apart: rows repeat themselves exactly
+    seconds: dict[str, float] = {}  # of each run once; apart, as rows repeat themselves exactly
+    for row in rows:
+        seconds |= row.pop("compute_s", {})
     result = {
         "target": target,
         "folder": str(where) if where else None,
         "budgets": {name: dataclasses.asdict(job.budget) for name, job in jobs.items()},
         "rows": _finite([dict.fromkeys(KEYS) | row for row in rows]),
         "machine": machine() | ({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}),
-        "compute_s": round(took, 1),
+        "compute_s": round(sum(seconds.values()), 1),
         "wall_s": round(time.monotonic() - begun, 1),
     }
     stem = [target, budget, *([dataset] if dataset else []), *([where.name] if where else [])]

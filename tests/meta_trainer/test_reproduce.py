@@ -155,9 +155,14 @@ def test_controls_sweep_lambda_and_start_alike(root: Path, out: Path) -> None:
 
 
 def test_causes_run_further_and_read_methods_otherwise(root: Path, out: Path) -> None:
-    both = reproduce.reproduce("causes", dataset="faces", root=root, out=out)["rows"]
+    told = reproduce.reproduce("causes", dataset="faces", root=root, out=out)
+    both = told["rows"]
     rows = [r for r in both if r["metric"] == "psnr"]
     assert [r["method"] for r in both if r["metric"] == "ssim"] == [r["method"] for r in rows]
+    keys = {r["panel"] for r in rows}
+    lines = map(json.loads, (out / "runs.jsonl").read_text().splitlines())
+    spent = sum(r["seconds"] for r in lines if r["key"] in keys)  # one signal, one seed: a run each
+    assert told["compute_s"] == pytest.approx(spent, abs=0.1), "runs of two metrics count once"
     longer = [r for r in rows if r["further"]]
     assert [r["method"] for r in longer] == [
         "MOL (to 32 steps)", "Ours (mod) (to 32 steps)", "Ours (MIM) (to 32 steps)",
