@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mclnf_edge.engine.field import CHANNELS, Layout  # noqa: E402
 from mclnf_edge.mapping.initialization import load_init  # noqa: E402
-from mclnf_edge.mapping.modules import ModulePool  # noqa: E402
+from mclnf_edge.mapping.modules import ModulePool, levels_of, surface_of  # noqa: E402
 from meta_trainer.city_init import Episode  # noqa: E402
 from tools import measure  # noqa: E402
 
@@ -82,13 +82,14 @@ def store(pool: ModulePool, learned: dict[str, F32], storage: str) -> float:
             bits = BITS[storage]
             kept = quantized(kept, pool.layout, bits)
         elif bits == 16:
-            low, inverse = (pool.band[: len(kept), i, None, None] for i in (0, 1))
-            if name == "surface":  # is stored as a share of the module's height band
-                kept = (
-                    low + ((kept - low) * inverse).astype(np.float16).astype(np.float32) / inverse
+            kept = kept.copy()
+            for slot in pool.slot_of.values():  # the surface as it is stored, by its height band
+                band = pool.band[slot]
+                kept[slot] = (
+                    surface_of(levels_of(kept[slot], band).astype(np.float16), band)
+                    if name == "surface"
+                    else kept[slot].astype(np.float16)
                 )
-            else:
-                kept = kept.astype(np.float16).astype(np.float32)
         getattr(pool, name)[...] = kept
         size += kept[0].size * bits / 8
     return size

@@ -676,7 +676,7 @@ class Mapper:
         information = pack_information(self.pool.fisher[module.row])
         self.pool.freeze(module)
         self.pool.rank_closed(module.cell)
-        module.state = "closed"
+        module.state, module.gained = "closed", None
         digest, module.digest = module.digest, ""  # not on disk yet
         self.targets = None
         let_go = {}

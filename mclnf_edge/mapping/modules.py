@@ -396,8 +396,7 @@ class ModulePool:
         slot takes the rounded values too, so that what is served is what was committed.
         """
         arrays = {name: a.copy() for name, a in self.arrays(module).items()}
-        low, inverse = arrays["band"]
-        arrays["levels"] = (arrays.pop("surface") - low) * inverse
+        arrays["levels"] = levels_of(arrays.pop("surface"), arrays["band"])
         for name in ("features", "density", "levels"):
             arrays[name] = arrays[name].astype(np.float16)
         self._write(module.slot, _with_surface(arrays))
@@ -445,7 +444,7 @@ class ModulePool:
         """Bytes of what learning modules need besides."""
         scratch = (*self.gradient, *self.weight_gradient, *self.queue, *self.touched)
         used = self.rows - len(self._free_rows)
-        own = (vars(self)[name] for name in ("fisher", "moment", "square"))
+        own = (vars(self)[name] for name in ("fisher", "moment", "square", "ray_fisher"))
         return sum(int(a.nbytes) for a in (*own, *scratch)) * used // self.rows
 
     def memory_bytes(self) -> int:
@@ -498,8 +497,19 @@ def _with_surface(arrays: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[
     band = arrays.get("band")
     if "levels" not in arrays or band is None or band.shape != (2,):
         return arrays
-    low, inverse = band
-    return {**arrays, "surface": low + arrays["levels"].astype(np.float32) / inverse}
+    return {**arrays, "surface": surface_of(arrays["levels"], band)}
+
+
+def levels_of(surface: F32, band: F32) -> F32:
+    """Heights in metres as shares of a module's height band (2,), as they are stored."""
+    levels: F32 = (surface - band[0]) * band[1]
+    return levels
+
+
+def surface_of(levels: npt.NDArray[np.floating[Any]], band: F32) -> F32:
+    """The inverse of `levels_of`."""
+    surface: F32 = band[0] + levels.astype(np.float32) / band[1]
+    return surface
 
 
 def pack_information(fisher: F32) -> npt.NDArray[np.uint8]:

@@ -71,9 +71,12 @@ class Checkpoints:
 
     def set_aside(self, name: str) -> None:
         """Give damaged generations another name, so that the next ones can be written."""
-        for path in self._slots(name):
-            if path.exists():
-                path.replace(path.with_name(path.name + ".damaged"))
+        try:
+            for path in self._slots(name):
+                if path.exists():
+                    self._files.rename(path, path.with_name(path.name + ".damaged"))
+        except OSError as error:
+            raise store_error(error, f"renaming checkpoints in {self.folder}") from error
 
     def drop(self, name: str) -> None:
         """Forget both generations."""

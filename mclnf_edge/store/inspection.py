@@ -57,21 +57,24 @@ def map_info(path: Path | str) -> dict[str, Any]:
     with MapStore.open(path, read_only=True) as store:
         tasks = {task: state for task, (state, _) in store.tasks().items()}
         modules = [module_info(record) for record in store.modules()]
+        names = store.checkpoint_names()
         return {
             "path": str(path),
             "meta": store.meta(),
-            "modules": [*modules, *_open_modules(store, modules)],
+            "modules": [*modules, *_open_modules(store, names, modules)],
             "streams": store.streams(),
             "tasks": tasks,
-            "checkpoints": store.checkpoint_names(),
+            "checkpoints": names,
             **store.counts(),
         }
 
 
-def _open_modules(store: MapStore, closed: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _open_modules(
+    store: MapStore, names: list[str], closed: list[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
     """What learned when the last checkpoint was written, and was not committed since."""
     known = {(module["id"], module["version"]) for module in closed}
-    for name in store.checkpoint_names():
+    for name in names:
         kept = store.checkpoint_load(name)
         for module in kept[1].get(OPEN_MODULES, ()) if kept else ():
             if (module["id"], module["version"]) not in known:

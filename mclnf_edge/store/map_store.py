@@ -81,10 +81,10 @@ class MapStore:
             return cls._checked(cls(path, Ledger(database), files, None), meta)
         if not (path / IDENTITY).exists():
             _create(path, create, files)
-        make_directory(path / CHECKPOINTS, files)
         lock = _locked(path)
         try:
             _refuse_lost_ledger(path)
+            make_directory(path / CHECKPOINTS, files)
             database = Database(path / LEDGER, connect=connect, files=files)
             store = cls(path, Ledger(database, max_journal_bytes), files, lock)
             cls._checked(store, meta)
