@@ -111,8 +111,7 @@ def inner_step(
     coords, targets = batch
     direct = None if create_graph or rows > 1 else passes.network(field, params, batch)
     if direct is not None:
-        counted = rule.weighting == "factored"
-        values, seen, d = passes.backward(direct, params, coords, targets, counted)
+        values, seen, d = passes.backward(direct, params, coords, targets)
     else:
         values, seen, d = _backward(field, params, batch, rule, create_graph)
     features = seen[-1].inputs

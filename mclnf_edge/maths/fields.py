@@ -21,8 +21,6 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from mclnf_edge.maths.factored import Factors
-
 Params = dict[str, Tensor]
 
 
@@ -35,14 +33,10 @@ class Tap(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """A tap without outputs, where no gradient has to be taken at them.
-
-    `factors` are those of F where they were counted in passing.
-    """
+    """A tap without outputs, where no gradient has to be taken at them."""
 
     layer: str
     inputs: Tensor
-    factors: Factors | None
 
 
 Seen = Tap | Inputs

@@ -17,11 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mclnf_edge.maths import factored, kernels
+from mclnf_edge.maths import kernels
 from mclnf_edge.maths.fields import Field, Inputs, Layer, Network, Params, Seen, activate
 
 VALUES_AT_ONCE = 1 << 18
 """Points that go through the layers at once, times the widest layer's values: a megabyte."""
+FEW = 8
+"""Up to so many columns, a product is taken transposed: BLAS is several times as fast that way."""
 KEPT_BYTES = 1 << 27
 """Memory that a thread keeps between steps; that of a larger batch is freed after it."""
 
@@ -45,12 +47,12 @@ def network(field: Field, params: Params, batch: tuple[Tensor, Tensor]) -> Netwo
 
 @torch.no_grad()
 def backward(
-    network: Network, params: Params, coords: Tensor, targets: Tensor, factors: bool
+    network: Network, params: Params, coords: Tensor, targets: Tensor
 ) -> tuple[Tensor, list[Seen], list[Tensor]]:
     """Values (..., N, d_out); of each layer its inputs and d(sum |s_hat - s|^2 / 2)/d(output).
 
-    Layers are in the order of the plan; with `factors` those of F are counted. What is not the
-    values lies in memory that the next call in this thread writes over.
+    Layers are in the order of the plan. What is not the values lies in memory that the next call in
+    this thread writes over.
     """
     plan, lead = network.plan, coords.shape[:-1]
     params = {n: p.detach() if coords.ndim == 3 else p.detach()[None] for n, p in params.items()}
@@ -71,10 +73,6 @@ def backward(
     known |= dict(zip(new, views, strict=False))
     grads = dict(zip(outs, views, strict=False))
     slopes = dict(zip(sines, views, strict=True))
-    counted = {
-        layer.name: factored.no_factors(modules, ins[layer.inputs], outs[layer.name])
-        for layer in plan if factors
-    }  # fmt: skip
     sizes = _pieces(points, at_once) * modules
     arrays = _split(known, sizes), _split(grads, sizes)
     goals = torch.split(targets.flatten(0, 1), sizes)
@@ -85,14 +83,8 @@ def backward(
         _forwards(plan, own, here, bends)
         _errors(network.outputs, here, goal, there)
         _backwards(plan, own, here, bends, there, set(network.outputs))
-        if factors:
-            xs = [here[layer.inputs].numpy() for layer in plan]
-            factored.count(list(counted.values()), m, xs, [d.numpy() for d in there.values()])
     values = torch.cat([known[(name,)] for name in network.outputs], dim=-1)
-    inputs: list[Seen] = [
-        Inputs(layer.name, known[layer.inputs].view(*lead, -1), counted.get(layer.name))
-        for layer in plan
-    ]
+    inputs: list[Seen] = [Inputs(layer.name, known[layer.inputs].view(*lead, -1)) for layer in plan]
     return values.view(*lead, -1), inputs, [grads[n].view(*lead, -1) for n in outs]
 
 
@@ -106,17 +98,22 @@ def weighted_gradient(seen: Sequence[Seen], grads: Sequence[Tensor], scale: Tens
     scales = scale.reshape(-1, scale.shape[-1], 1)
     for layer, grad in zip(seen, grads, strict=True):
         x, d = (v.reshape(-1, *v.shape[-2:]) for v in (layer.inputs, grad))
-        weight = x.new_zeros(len(x), x.shape[-1], d.shape[-1])
-        bias = x.new_zeros(len(x), d.shape[-1])
-        at_once = _at_once(x.shape[-1], d.shape[-1])
-        parts = (torch.split(v, at_once, dim=1) for v in (x, d, scales))
+        few = d.shape[-1] <= FEW
+        ins, outs = x.shape[-1], d.shape[-1]
+        weight = x.new_zeros((len(x), outs, ins) if few else (len(x), ins, outs))
+        bias = x.new_zeros(len(x), outs)
+        parts = (torch.split(v, _at_once(ins, outs), dim=1) for v in (x, d, scales))
         for inputs, scaled, factor in zip(*parts, strict=True):
             scaled.mul_(factor)
             bias += scaled.sum(-2)
-            weight.baddbmm_(inputs.mT, scaled)
+            if few:
+                weight.baddbmm_(scaled.mT, inputs)
+            else:
+                weight.baddbmm_(inputs.mT, scaled)
+        weight = weight.mT.contiguous() if few else weight
         lead = scale.shape[:-1]
-        found[f"{layer.layer}.w"] = weight.view(*lead, *weight.shape[1:])
-        found[f"{layer.layer}.b"] = bias.view(*lead, -1)
+        found[f"{layer.layer}.w"] = weight.view(*lead, ins, outs)
+        found[f"{layer.layer}.b"] = bias.view(*lead, outs)
     return found
 
 
@@ -147,7 +144,10 @@ def _forwards(plan: Sequence[Layer], params: Params, known: Arrays, slopes: Para
             slope = slopes[layer.name].numpy()
             kernels.sine(y.numpy(), bias.numpy(), np.float32(layer.omega), slope)
             continue
-        torch.addmm(bias, x, weight, out=y)
+        if y.shape[-1] > FEW:
+            torch.addmm(bias, x, weight, out=y)
+        else:
+            y.copy_(torch.addmm(bias[:, None], weight.t(), x.t()).t())
         if layer.activation == "relu":
             y.relu_()
         elif layer.activation != "none":

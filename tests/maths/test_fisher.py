@@ -183,12 +183,30 @@ def test_factored_information_equals_its_definition(damping: float) -> None:
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("n", [64, 200, 333, 1000])
+def test_a_large_batchs_factors_are_those_of_some_of_its_samples(n: int) -> None:
+    """Of every second to eighth, however many remain."""
+    x, d = torch.randn(n, 5, generator=gen(1)), torch.randn(n, 4, generator=gen(2))
+    step = max(1, min(fisher.COUNTED_OF, n // fisher.FEWEST_COUNTED))
+    x1 = torch.cat([x, torch.ones(n, 1)], 1)
+    squares = (x1.unsqueeze(-1) * d.unsqueeze(-2)).square()
+    f = squares[::step].mean(0)
+    f = f + 0.1 * f.mean()
+    expected = (squares / (torch.outer(f.sum(1), f.sum(0)) / f.sum())).sum((1, 2))
+    torch.testing.assert_close(fisher.factored_information([Tap("", x, x)], [d], 0.1), expected)
+    rays = fisher.factored_information(
+        [Tap("", x.repeat_interleave(2, 0), x)], [d.repeat_interleave(2, 0) / 2], 0.1, 2
+    )
+    torch.testing.assert_close(rays.argsort(), expected.argsort())
+
+
 @pytest.mark.parametrize("damping", [0.0, 0.1])
-def test_other_devices_compute_the_same_factored_information(damping: float) -> None:
+@pytest.mark.parametrize("n", [50, 333])
+def test_other_devices_compute_the_same_factored_information(damping: float, n: int) -> None:
     """Two modules; an input that is always zero carries no information, and no NaN."""
     shapes = ((5, 7), (7, 3))
     pairs = [
-        (torch.randn(2, 50, a, generator=gen(a)), torch.randn(2, 50, b, generator=gen(b)))
+        (torch.randn(2, n, a, generator=gen(a)), torch.randn(2, n, b, generator=gen(b)))
         for a, b in shapes
     ]
     pairs[1][0][..., 2] = 0
