@@ -29,7 +29,7 @@ from tools.measure import ROOT
 from tools.speed_torch import Timed, adapting, compare, interleaved, spread
 
 Row = dict[str, Any]
-POINTS = 4096
+POINTS, STEPS_IN_A_ROW = 4096, 8
 INNER_STEPS, BATCH, QUERY, RATE = 2, 256, 512, 0.01
 """As the shipped picture initialization was trained."""
 
@@ -70,8 +70,8 @@ def roofline(data: Path) -> Row:
     On a machine with other load two threads wait for each other at each operation.
     """
     return {
-        "goal_share": 0.6, "points": POINTS, "one_thread": limits(1), "two_threads": limits(2),
-        "load": round(os.getloadavg()[0], 2),
+        "goal_share": 0.6, "points": POINTS, "steps_in_a_row": STEPS_IN_A_ROW,
+        "one_thread": limits(1), "two_threads": limits(2), "load": round(os.getloadavg()[0], 2),
     }  # fmt: skip
 
 
@@ -90,7 +90,7 @@ def limits(threads: int) -> Row:
         shape = (4, POINTS // 4) if name.startswith("four") else (POINTS,)
         channels = 4 if d_in == 6 else 3
         batch = torch.rand(*shape, d_in, generator=g), torch.rand(*shape, channels, generator=g)
-        runs[name] = adapting(field, params, [batch], Rule("factored", "adam"))
+        runs[name] = adapting(field, params, [batch] * STEPS_IN_A_ROW, Rule("factored", "adam"))
     runs |= {f"matmul {n}": _product(n) for n in (512, 1024, 2048)} | {"copy": _copy}
     timed = interleaved(runs, 5)
     work = {name: _work(params) for name, (_, params, _) in cases.items()}
@@ -154,13 +154,13 @@ def _share(timed: Timed, name: str, flops: float, moved: float) -> Row:
         rates = [max(r) for r in zip(*_products(timed, clock).values(), strict=True)]
         bands = [2 * COPIED / t[clock] for t in timed["copy"]]
         shares.append([
-            max(flops / rate, moved / band) / t[clock]
+            STEPS_IN_A_ROW * max(flops / rate, moved / band) / t[clock]
             for t, rate, band in zip(timed[name], rates, bands, strict=True)
         ])  # fmt: skip
     return {
         "gflop": round(flops / 1e9, 2), "megabytes": round(moved / 1e6, 1),
-        "cpu_ms": spread([c for c, _ in timed[name]], 1e3),
-        "wall_ms": spread([w for _, w in timed[name]], 1e3),
+        "cpu_ms": spread([c for c, _ in timed[name]], 1e3 / STEPS_IN_A_ROW),
+        "wall_ms": spread([w for _, w in timed[name]], 1e3 / STEPS_IN_A_ROW),
         "share_cpu": spread(shares[0]), "share_wall": spread(shares[1]),
     }  # fmt: skip
 
