@@ -10,13 +10,16 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import yaml
 from torch import Tensor
 
 from mclnf_edge.mapping.initialization import load_init, load_signal_init
+from mclnf_edge.mapping.modules import ModulePool
 from mclnf_edge.maths import fisher as fi
 from mclnf_edge.maths.adaptation import Rule
 from mclnf_edge.maths.fields import Field, NerfMlp, Params, Siren, count, stack
@@ -29,7 +32,11 @@ from tools.measure import ROOT
 from tools.speed_torch import Timed, adapting, compare, interleaved, spread
 
 Row = dict[str, Any]
+F32 = npt.NDArray[np.float32]
 POINTS, STEPS_IN_A_ROW = 4096, 8
+Cheap = Literal["output-layer", "gradncp", "residual"]
+CHEAP: tuple[Cheap, ...] = ("output-layer", "gradncp", "residual")
+RANKED_STEPS = 40
 INNER_STEPS, BATCH, QUERY, RATE = 2, 256, 512, 0.01
 """As the shipped picture initialization was trained."""
 
@@ -55,10 +62,47 @@ def rays(data: Path) -> Row:
     runs = {"plain": steps("none"), "output-layer": steps("output-layer")}
     runs |= {name: steps(name) for name in ("diagonal", "gradncp", "residual")}
     rows = compare(interleaved(runs, 12), "plain", 10)
+    flight.restart(load_init(None).mlp, seed=0)
     return {
         "goal_ratio": 1.1, "rays": optimizer.rays, "modules": len(flight.mapper.modules),
-        "quartiles": [25, 50, 75], **rows, "load": round(os.getloadavg()[0], 2),
+        "spearman": ray_rankings(flight), "quartiles": [25, 50, 75], **rows, "load": round(os.getloadavg()[0], 2),
     }  # fmt: skip
+
+
+def ray_rankings(flight: Flight) -> Row:
+    """Spearman correlation of each cheap information of rays with the exact one, batch by batch.
+
+    Along one adaptation without weights; each form of F goes on in an array of its own.
+    """
+    optimizer = flight.mapper.optimizer
+    found: dict[Cheap, list[float]] = {n: [] for n in CHEAP}
+    diagonals: dict[str, Any] = {}
+    plain = optimizer.weigh
+
+    def weigh(pool: ModulePool, traced: Any, d_rgb: F32) -> F32:
+        q = {}
+        names: tuple[Literal["diagonal"] | Cheap, ...] = ("diagonal", *CHEAP)
+        for name in names:
+            optimizer.adapt = replace(optimizer.adapt, weighting=name)
+            if name in ("diagonal", "output-layer"):
+                pool.score(pool.layout.size if name == "diagonal" else pool.layout.output_size)
+                pool.ray_fisher = diagonals.get(name, pool.ray_fisher)
+            q[name] = optimizer.scored(pool, traced, d_rgb)
+            diagonals[name] = pool.ray_fisher
+        met = q["diagonal"] > 0
+        for name in CHEAP:
+            found[name].append(_spearman(q[name][met], q["diagonal"][met]))
+        return np.ones(len(d_rgb), np.float32)
+
+    optimizer.weigh = weigh
+    flight.steps(RANKED_STEPS)
+    optimizer.weigh = plain
+    return {name: spread(values) for name, values in found.items()}
+
+
+def _spearman(a: F32, b: F32) -> float:
+    ranks = [x.argsort().argsort().astype(np.float64) for x in (a, b)]
+    return float(np.corrcoef(np.stack(ranks))[0, 1])
 
 
 # -- roofline -----------------------------------------------------------------------------------

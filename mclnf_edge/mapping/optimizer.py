@@ -109,16 +109,19 @@ class Engine(ABC, Generic[T]):
         adapt, n = self.adapt, len(d_rgb)
         if adapt.weighting == "none" or adapt.fisher_lambda == 0:
             return np.ones(n, np.float32)
-        if adapt.weighting == "residual":
-            q = learn.residual_score(d_rgb)
-        elif adapt.weighting == "gradncp":
-            q = self._gradncp(traced, d_rgb)
-        else:
-            q = self.information(pool, traced, d_rgb)
+        q = self.scored(pool, traced, d_rgb)
         weights = learn.ray_weights(q, adapt.fisher_lambda, adapt.weight_clamp)
         if adapt.weighting == "shuffled":
             np.random.default_rng((adapt.seed, self.steps)).shuffle(weights)
         return weights
+
+    def scored(self, pool: ModulePool, traced: T, d_rgb: F32) -> F32:
+        """What the rays' weights grow with, (R,): information, or a control's stand-in for it."""
+        if self.adapt.weighting == "residual":
+            return learn.residual_score(d_rgb)
+        if self.adapt.weighting == "gradncp":
+            return self._gradncp(traced, d_rgb)
+        return self.information(pool, traced, d_rgb)
 
     @property
     def _seed(self) -> int:
