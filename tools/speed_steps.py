@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -65,7 +66,8 @@ def rays(data: Path) -> Row:
     flight.restart(load_init(None).mlp, seed=0)
     return {
         "goal_ratio": 1.1, "rays": optimizer.rays, "modules": len(flight.mapper.modules),
-        "spearman": ray_rankings(flight), "quartiles": [25, 50, 75], **rows, "load": round(os.getloadavg()[0], 2),
+        "spearman": ray_rankings(flight), "quartiles": [25, 50, 75], **rows,
+        "load": round(os.getloadavg()[0], 2),
     }  # fmt: skip
 
 
@@ -77,7 +79,6 @@ def ray_rankings(flight: Flight) -> Row:
     optimizer = flight.mapper.optimizer
     found: dict[Cheap, list[float]] = {n: [] for n in CHEAP}
     diagonals: dict[str, Any] = {}
-    plain = optimizer.weigh
 
     def weigh(pool: ModulePool, traced: Any, d_rgb: F32) -> F32:
         q = {}
@@ -94,15 +95,14 @@ def ray_rankings(flight: Flight) -> Row:
             found[name].append(_spearman(q[name][met], q["diagonal"][met]))
         return np.ones(len(d_rgb), np.float32)
 
-    optimizer.weigh = weigh
-    flight.steps(RANKED_STEPS)
-    optimizer.weigh = plain
+    with mock.patch.object(optimizer, "weigh", weigh):
+        flight.steps(RANKED_STEPS)
     return {name: spread(values) for name, values in found.items()}
 
 
 def _spearman(a: F32, b: F32) -> float:
     ranks = [x.argsort().argsort().astype(np.float64) for x in (a, b)]
-    return float(np.corrcoef(np.stack(ranks))[0, 1])
+    return float(torch.corrcoef(torch.from_numpy(np.stack(ranks)))[0, 1])
 
 
 # -- roofline -----------------------------------------------------------------------------------
