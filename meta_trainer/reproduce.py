@@ -270,7 +270,7 @@ _LEARNED = ("MOL", *OURS)
 FURTHER: dict[Kind, dict[str, int]] = {
     "image": dict.fromkeys(_LEARNED, 8) | dict.fromkeys(("MAML+CL", "OML"), 4),
     "video": dict.fromkeys(_LEARNED, 8) | dict.fromkeys(("OL", "MAML+CL", "OML"), 4),
-    "audio": dict.fromkeys((*_LEARNED, "OL"), 2),
+    "audio": dict.fromkeys((*_LEARNED, "OL"), 2) | dict.fromkeys(("MAML+CL", "OML"), 4),
     "views": dict.fromkeys(_LEARNED, 2),
 }
 """How many times the budget's steps `causes` runs a method, by kind of signal."""
