@@ -6,6 +6,7 @@ import importlib.util
 import math
 import time
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,14 @@ def summary(curves: Sequence[Mapping[str, Mapping[str, float]]], metric: str) ->
         "last": means[marks[-1]],
         "curve": {str(k): v for k, v in means.items()},
     }
+
+
+def worst_fall(curve: Mapping[str, Mapping[str, float]], metric: str) -> float:
+    """How far a run's curve is below its running best; marks without a value are left out."""
+    values = [curve[k][metric] for k in sorted(curve, key=int)]
+    known = [v for v in values if math.isfinite(v)]
+    best = accumulate(known, max)
+    return max((b - v for b, v in zip(best, known, strict=True)), default=0.0)
 
 
 def bootstrap(values: Sequence[float], draws: int = 2000) -> tuple[float, float]:

@@ -36,6 +36,7 @@ from meta_trainer.evaluate import (
     mean_known,
     pesq_package,
     summary,
+    worst_fall,
 )
 from meta_trainer.methods import METHODS, VARIANTS
 from meta_trainer.runs import (
@@ -102,6 +103,8 @@ def make_row(
         "n": len(signals),
         "seed_std": float(np.std(per_seed)),
         "interval": bootstrap(per_signal),
+        "per_signal": dict(zip(signals, per_signal, strict=True)),
+        "run_falls": [worst_fall(r["curve"], metric) for r in records],
         "compute_s": {r["key"]: r["seconds"] for r in records},
         "forgetting": mean_known([mean_known(r["forgetting"]) for r in records]),
         "transfer": mean_known([mean_known(r["transfer"]) for r in records]),
@@ -247,23 +250,26 @@ LAMBDAS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 def controls(job: Job, settings: list[Setting]) -> Iterator[Any]:
     """MIM against mod and its controls, all from the start of (mod), lambda from validation.
 
-    First the sweep of lambda on validation signals (`metric` "psnr-validation"), then each
-    weighting on the test signals with the best lambda; "pruned" takes none. Every lambda and every
-    weighting has its own step size, chosen on the same validation signals.
+    First the sweep of lambda on validation signals (`metric` "psnr-validation", 0: no weights),
+    then each weighting on the test signals with the best lambda above 0; "pruned" takes none. Every
+    lambda and every weighting has its own step size, chosen on the same validation signals. Last
+    MIM as in the tables, from its own start, with that lambda.
     """
     for setting in settings[:1]:
         method, sweep = make_method("Ours (mod)", setting), {}
-        for lam in LAMBDAS:
-            weighted = replace(setting, weighting="diagonal", lam=lam)
+        for lam in (0.0, *LAMBDAS):
+            weighted = replace(setting, weighting="diagonal", lam=lam) if lam else setting
             rate, tried = chosen_rate(job, weighted, "Ours (mod)", method)
             sweep[lam] = max(tried.values())
             yield {"method": f"lambda {lam:g}", "dataset": setting.dataset, "rate": rate,
                    "metric": "psnr-validation", "best": sweep[lam], "paper": None}  # fmt: skip
-        best = max(sweep, key=lambda lam: sweep[lam])
+        best = max(LAMBDAS, key=lambda lam: sweep[lam])
         for weighting in ("none", *CONTROLS):
             changed = replace(setting, weighting=weighting, lam=best)
             row = make_row(job, changed, "Ours (mod)", "psnr", None)
             yield {**row, "method": weighting, "lam": best}
+        row = make_row(job, replace(setting, lam=best), "Ours (MIM)", "psnr", None)
+        yield {**row, "lam": best}
 
 
 _LEARNED = ("MOL", *OURS)
@@ -296,12 +302,24 @@ def causes(job: Job, settings: list[Setting]) -> Iterator[Any]:
                 row = make_row(longer, setting, name, metric, paper)
                 told = f"{name} (to {more[-1]} steps)"
                 yield {**row, "method": told, "of": name, "further": True}
+            for name in OURS:
+                smaller = _smaller_steps(job, setting, name)
+                row = make_row(smaller, setting, name, metric, paper_row(table, metric, like, name))
+                told = f"{name} (step size {row['rate']:g})"
+                yield {**row, "method": told, "of": name, "further": False}
             for name, (own, kinds, _, lam) in VARIANTS.items():
                 if kind in kinds:
                     changed = replace(setting, lam=setting.lam if lam is None else lam)
                     paper = paper_row(table, metric, like, own)
                     row = make_row(job, changed, name, metric, paper)
                     yield {**row, "of": own, "further": False}
+
+
+def _smaller_steps(job: Job, setting: Setting, name: str) -> Job:
+    """The same with the next smaller step size than validation chose for this method."""
+    rate, tried = chosen_rate(job, setting, name, make_method(name, setting))
+    smaller = max((float(r) for r in tried if float(r) < rate), default=rate)
+    return replace(job, budget=replace(job.budget, search=(smaller,)))
 
 
 def table6(job: Job, settings: list[Setting]) -> Iterator[Any]:

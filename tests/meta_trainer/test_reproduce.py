@@ -338,10 +338,10 @@ def test_explanations_name_the_changes_that_put_a_pair_in_order() -> None:
     assert list(explanations(rows, both, "d"))[1] == (
         "MOL / ER: in order with MOL (one task's batch) and ER (at once)"
     )
-    near = [changed("ER", "at once", 26) | {"interval": (20, 31)}]
-    rows[0]["interval"] = (29, 32)
+    near = [changed("ER", "at once", 26) | {"per_signal": {"x": 20, "y": 32}}]
+    rows[0]["per_signal"] = {"x": 29, "y": 31}
     told = list(explanations(rows, near, "d"))
-    assert told[1] == "MOL / ER: level, as their intervals overlap, with ER (at once)"
+    assert told[1] == "MOL / ER: level (undecided) with ER (at once)"
 
 
 def test_endings_stand_beside_the_papers() -> None:
@@ -386,13 +386,19 @@ def test_agreement_and_falls_by_hand() -> None:
 
     rows = [row("A", 30, 40, [20, 30]), row("B", 25, 35, [25, 22]), row("C", 28, 30, [28, 28])]
     assert agreement(rows) == {"d": (2, 3, ["B / C"])}
-    close = [
-        {**r, "interval": span}
-        for r, span in zip(rows, [(29, 31), (24, 27), (27, 29)], strict=True)
-    ]
+    apart = [{"x": 10, "y": 50}, {"x": 5, "y": 45}, {"x": 8, "y": 48}]
+    far = [{**r, "per_signal": v} for r, v in zip(rows, apart, strict=True)]
+    assert agreement(far) == agreement(rows), "signals differ, the methods on them do not cross"
+    close = [{**far[0]}, {**far[1]}, {**far[2], "per_signal": {"x": 12, "y": 44}}]
     assert agreement(close) == {"d": (2, 3, ["B ~ C"])}
-    assert agreement([{**r, "interval": (r["best"], None)} for r in rows]) == agreement(rows)
-    assert falls(rows) == {("d", "A"): 0, ("d", "B"): 3, ("d", "C"): 0}
+    assert agreement([{**r, "per_signal": {"x": None, "y": 1}} for r in rows]) == agreement(rows)
+    found = falls([{**rows[0], "run_falls": [0.1, 0.3, 2.0]}, *rows[1:]])
+    assert found[("d", "A")] == (0, 2, 3, 2.0) and found[("d", "B")].mean == 3
+
+
+def test_a_runs_worst_fall_skips_marks_without_a_value() -> None:
+    curve = {k: {"psnr": v} for k, v in (("16", 4.0), ("2", 5.0), ("1", 3.0), ("4", math.nan))}
+    assert evaluate.worst_fall(curve, "psnr") == 1.0
 
 
 def test_report_has_tables_curves_and_panels(root: Path, out: Path) -> None:
