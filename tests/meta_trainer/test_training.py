@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -193,6 +197,30 @@ def test_interrupted_run_ends_with_the_same_parameters_and_log(root: Path, tmp_p
         assert torch.equal(p, arrays(parts)[name])
     steps = [line.split(",")[0] for line in log.read_text().splitlines()]
     assert steps == ["step", "1", "2", "3", "4", "5", "6"]
+
+
+def test_a_killed_run_ends_with_the_same_parameters(root: Path, tmp_path: Path) -> None:
+    """SIGKILL between two checkpoints, then the same command to its end."""
+    whole = train(config(tmp_path / "whole", outer_steps=150, checkpoint_every=5), root)
+    yaml, out = tmp_path / "killed.yaml", tmp_path / "killed"
+    held = dataclasses.asdict(config(out, outer_steps=150, checkpoint_every=5))
+    yaml.write_text(json.dumps(held))  # JSON is YAML
+    command = [sys.executable, "-m", "meta_trainer", "train", "--config", str(yaml),
+               "--root", str(root)]  # fmt: skip
+    how: dict[str, Any] = {"cwd": Path(__file__).resolve().parents[2],
+                           "env": {**os.environ, "OMP_NUM_THREADS": "1"}}  # fmt: skip
+    first = subprocess.Popen(command, stderr=subprocess.DEVNULL, **how)
+    end = time.monotonic() + 120
+    while not (out / "checkpoint.pt").is_file() and time.monotonic() < end:
+        time.sleep(0.01)
+    first.kill()
+    first.wait()
+    assert (out / "checkpoint.pt").is_file() and not (out / "init.pt").is_file(), "killed too late"
+    subprocess.run(command, check=True, capture_output=True, timeout=120, **how)
+    for name, p in arrays(whole).items():
+        assert torch.equal(p, arrays(out / "init.pt")[name])
+    steps = [line.split(",")[0] for line in (out / "log.csv").read_text().splitlines()]
+    assert steps == ["step", *map(str, range(1, 151))]
 
 
 def test_training_changes_the_start_and_lowers_the_query_loss(root: Path, tmp_path: Path) -> None:
