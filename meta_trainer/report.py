@@ -124,12 +124,17 @@ def agreement(rows: Sequence[Row]) -> dict[str, tuple[int, int, list[str]]]:
     for dataset in dict.fromkeys(r["dataset"] for r in rows if r.get("dataset")):
         compared = pairs(rows, dataset)
         wrong = [
-            f"{a['method']} {'~' if undecided(a, b) else '/'} {b['method']}"
+            f"{named(a)} {'~' if undecided(a, b) else '/'} {named(b)}"
             for a, b, *_ in (pair for pair in compared if not pair.agrees)
         ]
         if compared:
             found[dataset] = (len(compared) - len(wrong), len(compared), wrong)
     return found
+
+
+def named(row: Row) -> str:
+    """A row's method with its width or number of tasks where its table has several."""
+    return " ".join([row["method"], *(f"{row[k]} {k}" for k in ("width", "tasks") if k in row)])
 
 
 class Try(NamedTuple):
@@ -446,8 +451,7 @@ def _plot(parts: Sequence[Sequence[Row]], path: Path) -> None:
             axis.set_prop_cycle(color=colormaps["tab20"].colors)  # type: ignore[attr-defined]
         for row in lines:
             x = [int(k) for k in row["curve"]]
-            label = " ".join(str(row[k]) for k in ("method", "width", "tasks") if k in row)
-            (line,) = axis.plot(x, list(row["curve"].values()), marker=".", label=label)
+            (line,) = axis.plot(x, list(row["curve"].values()), marker=".", label=named(row))
             if row["paper"]:
                 axis.plot(
                     row["paper"]["best_step"], row["paper"]["best"], "x", color=line.get_color()
