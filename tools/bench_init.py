@@ -1,11 +1,12 @@
 """Meta-learned start against random start on real captures: `python tools/bench_init.py brighton`.
 
 The daemon's own engine, offline: all train frames held, swept and seeded, then its steps. Test
-frames are never sent; they are rendered at a third of their width with the exposure of their
-neighbours in time. Both starts begin from the same seeded surfaces and painted colours, so step 0
-already shows the scene. Each start has its own learning rate: both of the engine's rates times the
-factor of FACTORS with the best train-frame loss after TUNE_STEPS steps. Stopped and started again
-it goes on; results for another initialization are measured anew. Writes bench_init.json and .png.
+frames are never sent; they are rendered at a third of their width with the exposure that is told
+from the frames around, from how bright the map is there and from their metadata. Both starts begin
+from the same seeded surfaces and painted colours, so step 0 already shows the scene. Each start has
+its own learning rate: both of the engine's rates times the factor of FACTORS with the best train-
+frame loss after TUNE_STEPS steps. Stopped and started again it goes on; results for another
+initialization are measured anew. Writes bench_init.json and .png.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def protocol(init: Initialization) -> dict[str, Any]:
         "steps": STEPS,
         "rays_per_step": {"fast field": 2048, "MLP": RAYS},
         "rates": "the defaults, the MLP's rates falling tenfold within each task",
-        "test_pictures": f"1/{SHRINK} of their width, exposure from their neighbours in time",
+        "test_pictures": f"1/{SHRINK} of their width, exposure {measure.EXPOSURE}",
         "fewest_pixels": FEWEST,
         "inset": INSET,
         "runs": measure.RUNS,
