@@ -59,7 +59,7 @@ def open_results(path: Path, protocol: dict[str, Any], rows: str = "rows") -> di
     return {"protocol": wanted, rows: []}
 
 
-def start(init: Initialization | SignalInitialization) -> dict[str, Any]:
+def init_facts(init: Initialization | SignalInitialization) -> dict[str, Any]:
     """What modules began from: the file's digest, and which real captures it was learned on."""
     return {"init": init.digest, "real_captures_seen_by_init": init.meta.get("real_captures")}
 
