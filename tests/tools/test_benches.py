@@ -18,6 +18,7 @@ from tools import (  # noqa: E402
     bench_live,
     bench_long,
     bench_stream,
+    bench_unknown,
     daemons,
     ground,
     measure,
@@ -209,6 +210,28 @@ def test_a_stream_of_another_protocol_or_other_marks_is_run_again(
     assert measured("60") == 1
 
 
+def test_shares_of_the_unknown_are_measured_once_and_say_what_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[int] = []
+
+    def figures(path: Path, steps: int, known_views: int) -> dict[str, object]:
+        ran.append(known_views)
+        return {"capture": path.name, "known_views": known_views, "steps": steps}
+
+    out = tmp_path / "unknown.json"
+    out.write_text(json.dumps([figures(Path("a"), 150, 1)]))
+    ran.clear()
+    monkeypatch.setattr(bench_unknown, "measure", figures)
+    monkeypatch.setattr("sys.argv", f"x --capture a --out {out}".split())
+    bench_unknown.main()
+    bench_unknown.main()
+    kept = json.loads(out.read_text())
+    assert ran == [1, 2] and len(kept["rows"]) == 2
+    assert kept["protocol"].keys() >= {"init", "real_captures_seen_by_init", "seed"}
+    assert kept["machine"]["torch"]
+
+
 def test_the_best_peer_at_a_mark_is_named() -> None:
     peers = {"a": {"15": 14.0, "60": 19.0}, "b": {"15": 15.0}}
     assert table_stream.best_peer(peers, 15.0) == ("b", 15.0)
@@ -297,3 +320,13 @@ def test_a_command_names_no_folder_of_this_machine() -> None:
     assert measure.command(["tools/x.py", "/a/b/flight", "--rate", "2"]) == (
         "python tools/x.py flight --rate 2"
     )
+
+
+def test_the_results_at_hand_can_be_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["table_stream.py"])
+    table_stream.main()
+    assert "| boruszyn, OpenSplat | 13.96 |" in capsys.readouterr().out
+    kept = json.loads((measure.ROOT / "tools/results/bench_init.json").read_text(encoding="utf-8"))
+    assert bench_init.lines(kept)[-1].startswith("| all | meta - random |")
