@@ -28,7 +28,6 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # read once, when torch is first loaded
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
 
 from mclnf_edge.report import write_json  # noqa: E402
 from tools import speed_daemon, speed_steps, speed_torch  # noqa: E402
@@ -85,7 +84,7 @@ def main() -> None:
             continue
         print(f"{name} ...", flush=True)
         results[name] = PARTS[name](args.data)
-        results[name]["machine"] = machine() | {"torch": torch.__version__}
+        results[name]["machine"] = machine()
         write_json(args.out, results)
     for part, row in results.items():
         for name, value in leaves({k: v for k, v in row.items() if k != "machine"}):

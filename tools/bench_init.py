@@ -1,11 +1,12 @@
 """Meta-learned start against random start on real captures: `python tools/bench_init.py brighton`.
 
 The daemon's own engine, offline: all train frames held, swept and seeded, then its steps. Test
-frames are never sent; they are rendered at a third of their width with the exposure of their
-neighbours in time. Both starts begin from the same seeded surfaces and painted colours, so step 0
-already shows the scene. Each start has its own learning rate: both of the engine's rates times the
-factor of FACTORS with the best train-frame loss after TUNE_STEPS steps. Stopped and started again
-it goes on; results for another initialization are measured anew. Writes bench_init.json and .png.
+frames are never sent; they are rendered at a third of their width with the exposure that is told
+from the frames around, from how bright the map is there and from their metadata. Both starts begin
+from the same seeded surfaces and painted colours, so step 0 already shows the scene. Each start has
+its own learning rate: both of the engine's rates times the factor of FACTORS with the best
+train-frame loss after TUNE_STEPS steps. Stopped and started again it goes on; results for another
+initialization are measured anew. Writes bench_init.json and .png.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ def main() -> int:
         episode = Episode(options.data / name, None)
         for start in STARTS:
             run_start(episode, entry[start], start, init.mlp, options.seeds, options.out, results)
-    for name, entry in results["captures"].items():
-        print(name, json.dumps(entry.get("summary")))
+    for line in lines(results):
+        print(line)
     return 0
 
 
@@ -121,6 +122,47 @@ def summarise(entry: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def compare(captures: dict[str, Any]) -> dict[str, Any]:
+    """Per capture and over all, at each mark: the meta-learned start minus the random one, view by
+    view.
+    """
+    both = {k: v for k, v in captures.items() if all(v[start]["runs"] for start in STARTS)}
+    out: dict[str, Any] = {}
+    for name in [*both, "all"]:
+        chosen = both if name == "all" else {name: both[name]}
+        out[name] = {
+            str(mark): measure.pair(views(chosen, "meta", mark), views(chosen, "random", mark))
+            for mark in MARKS
+        }
+    return out
+
+
+def views(captures: dict[str, Any], start: str, mark: int) -> dict[str, float]:
+    """View -> dB at a mark, its mean over seeds: seeds are no further views."""
+    return {
+        f"{name}/{view}": float(np.mean(values))
+        for name, entry in captures.items()
+        for view, values in enumerate(
+            zip(*(run[str(mark)] for run in entry[start]["runs"].values()), strict=True)
+        )
+    }
+
+
+def lines(results: dict[str, Any]) -> list[str]:
+    """The curves in Markdown, and the difference of the starts."""
+    steps = MARKS[1:]
+    table = ["| capture | start | " + " | ".join(map(str, steps)) + " |", "|---" * 8 + "|"]
+    found = compare(results["captures"])
+    for name, gaps in found.items():
+        for start in STARTS if name != "all" else ():
+            means = results["captures"][name]["summary"][start]
+            cells = " | ".join(f"{means[str(mark)]:.2f}" for mark in steps)
+            table.append(f"| {name} | {start} | {cells} |")
+        cells = " | ".join(measure.words(gaps[str(mark)]) for mark in steps)
+        table.append(f"| {name} | meta - random | {cells} |")
+    return table
+
+
 def plot(results: dict[str, Any], path: Path) -> None:
     """One panel per capture: mean PSNR against steps, the range over seeds shaded."""
     from matplotlib.figure import Figure
@@ -173,6 +215,7 @@ def _save(path: Path, results: dict[str, Any]) -> None:
     for entry in results["captures"].values():
         entry["summary"] = summarise(entry)
     results |= {
+        "meta_minus_random": compare(results["captures"]),
         "machine": measure.machine(),
         "protocol": {
             "factors": FACTORS,

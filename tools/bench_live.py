@@ -42,6 +42,7 @@ from mclnf_edge.client import Client  # noqa: E402
 from mclnf_edge.config import AdaptConfig  # noqa: E402
 from mclnf_edge.evaluate import evaluate  # noqa: E402
 from mclnf_edge.images import decode_image  # noqa: E402
+from mclnf_edge.mapping.initialization import load_init  # noqa: E402
 from mclnf_edge.maths.metrics import psnr  # noqa: E402
 from mclnf_edge.types import Frame, Render  # noqa: E402
 from tools import daemons, ground, measure  # noqa: E402
@@ -324,14 +325,23 @@ def above_mean(shown: RGB, true: RGB, mask: Bools) -> float:
 
 
 def summarise(blocks: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Seconds to the first useful render over the blocks that got one, and how many did not."""
-    reached = [b for b in blocks if b["wall_s"] is not None]
-    found: dict[str, Any] = {"blocks_in_views": len(blocks), "useful": len(reached)}
+    """Seconds to the first useful render over all blocks, None where it never came.
+
+    A block that never became useful counts as infinitely slow.
+    """
+    never = sum(b["wall_s"] is None for b in blocks)
+    found: dict[str, Any] = {"blocks_in_views": len(blocks), "useful": len(blocks) - never}
+    found["never"] = never
     for clock in ("wall_s", "cpu_s"):
-        values = [b[clock] for b in reached]
-        if values:
-            found[clock] = {"median": float(np.median(values)), "largest": float(max(values))}
+        values = [math.inf if b[clock] is None else b[clock] for b in blocks] or [math.inf]
+        found[clock] = {
+            "median": _finite(float(np.median(values))), "slowest": _finite(max(values))
+        }  # fmt: skip
     return found
+
+
+def _finite(seconds: float) -> float | None:
+    return seconds if math.isfinite(seconds) else None
 
 
 def against_more(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -388,6 +398,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "tools/results/bench_live.json")
     options = parser.parse_args()
     results = measure.open_results(options.out, protocol())
+    for row in (row for row in results["rows"] if "blocks" in row):
+        row["summary"] = summarise(row["blocks"])
     for name in options.captures:
         path = Path(name) if Path(name).is_dir() else options.data / name
         for budget in map(float, options.budgets.split(",")):
@@ -404,7 +416,7 @@ def main() -> None:
 
 def protocol() -> dict[str, Any]:
     """What the rows have in common; rows of another protocol are measured anew."""
-    return {
+    return measure.init_facts(load_init(None)) | {
         "quarters": QUARTERS, "small_px": SMALL_PX, "useful_db": USEFUL_DB,
         "first_share": FIRST_SHARE, "fewest_pixels": FEWEST, "goal_db": GOAL_DB,
     }  # fmt: skip

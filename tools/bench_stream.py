@@ -8,8 +8,9 @@ order; `test` frames are never sent. The clock is the daemon's CPU time from the
 frame, without the renders that this benchmark asks for. Folds hold out every 8th frame from each
 of the numbers on instead of the capture's own split. At the last mark depth is compared with the
 capture's sparse points (`points3d.ply`), and where its frames carry exact depth the surface model
-with the exact one; both are for measuring only and never sent. Rows are added to the JSON as they
-come; a finished capture is not run again. `--against FILE` pairs every view with that of another
+with the exact one; both are for measuring only and never sent. Runs are added to the JSON as they
+come; a finished one is not run again, those of another protocol or other marks are measured anew.
+The README's tables are printed at the end; `--against FILE` pairs every view with that of another
 result.
 """
 
@@ -34,18 +35,31 @@ from mclnf_edge.captures import Capture, open_capture  # noqa: E402
 from mclnf_edge.client import Client  # noqa: E402
 from mclnf_edge.evaluate import evaluate  # noqa: E402
 from mclnf_edge.images import decode_depth  # noqa: E402
+from mclnf_edge.mapping.initialization import load_init  # noqa: E402
 from mclnf_edge.report import write_json  # noqa: E402
 from mclnf_edge.types import Render, View  # noqa: E402
 from meta_trainer.evaluate import bootstrap  # noqa: E402
 from tools import daemons, ground, measure  # noqa: E402
 from tools.bench_unknown import points  # noqa: E402
+from tools.table_stream import best_peer, tables  # noqa: E402
 
 PEERS = {
-    "boruszyn": {15: 13.96, 30: 15.86, 60: 17.50, 120: 18.95, 240: 19.50},
-    "ochota_a": {15: 14.44, 30: 16.53, 60: 18.63, 120: 20.74, 240: 21.98},
-    "brighton": {15: 12.70, 30: 14.99, 60: 16.84, 120: 17.85, 240: 17.64},
+    "boruszyn": {
+        "OpenSplat": {15: 13.96, 30: 15.86, 60: 17.50, 120: 18.95, 240: 19.50},
+        "nerfacto": {15: 12.79, 30: 12.85, 60: 12.85, 120: 12.97, 240: 13.77},
+        "plane sketch": {15: 15.09, 30: 16.80, 60: 19.47, 120: 19.47, 240: 20.19},
+    },
+    "ochota_a": {
+        "OpenSplat": {15: 14.44, 30: 16.53, 60: 18.63, 120: 20.74, 240: 21.98},
+        "nerfacto": {15: 14.24, 30: 14.29, 60: 14.29},
+        "plane sketch": {15: 17.29, 30: 18.56, 60: 19.36, 120: 20.60, 240: 21.98},
+    },
+    "brighton": {
+        "OpenSplat": {15: 12.70, 30: 14.99, 60: 16.84, 120: 17.85, 240: 17.64},
+    },
 }
-"""OpenSplat on two CPU cores, dB at CPU seconds: the strongest CPU peer that was measured."""
+"""dB at CPU seconds on two cores of another machine. The plane sketch: one network of feature
+planes in eager PyTorch from a random start, all frames at once."""
 
 MARKS = "15,30,60,120,240"
 HORIZON_S = 240.0
@@ -55,16 +69,35 @@ SURFACE_CELL_M = 1.0
 Row = dict[str, Any]
 
 
+def protocol() -> Row:
+    """What the runs have in common; runs of another protocol are measured anew."""
+    return measure.init_facts(load_init(None)) | {
+        "settings": settings(
+            "1.5 x the last mark, at least the horizon / frames sent", "the run's"
+        ),
+        "horizon_s": HORIZON_S,
+        "sent": "all train frames at once in capture order, without depth",
+        "surface_cell_m": SURFACE_CELL_M,
+    }
+
+
+def settings(budget_s_per_frame: Any, seed: Any) -> Row:
+    """The daemon's: modules learn to the end, none is closed for lack of passes or of frames."""
+    return {
+        "adapt": {"budget_s_per_frame": budget_s_per_frame, "passes": 1000.0, "seed": seed},
+        "map": {"inactivity_s": 100000.0},
+    }
+
+
 def run(path: Path, marks: Sequence[float], fold: int | None, seed: int) -> Row:
     """One capture through one daemon; a row per mark."""
     capture = open_capture(path).fold(fold)
     train = list(daemons.published(capture))
     seconds = 1.5 * max(HORIZON_S, marks[-1]) / len(train)
-    settings = {
-        "adapt": {"budget_s_per_frame": seconds, "passes": 1000.0, "seed": seed},
-        "map": {"inactivity_s": 100000.0},
-    }
-    with daemons.daemon(settings) as running, Client(running.address, give_up_s=300) as client:
+    with (
+        daemons.daemon(settings(seconds, seed)) as running,
+        Client(running.address, give_up_s=300) as client,
+    ):
         client.hello(stream=capture.name, world=capture.world)
         start, began = daemons.busy_s(client.status()), time.monotonic()
         counts = client.publish(train)
@@ -78,13 +111,19 @@ def run(path: Path, marks: Sequence[float], fold: int | None, seed: int) -> Row:
         status = client.status()
         shape = shapes(path, capture, renders)
     return {
-        "capture": capture.name, "fold": fold, "seed": seed, "sent": len(train),
+        **key_of(path, fold, seed), "marks": list(marks), "sent": len(train),
+        "budget_s_per_frame": seconds,
         "held_out": [f.name for f in capture.split("test").frames],
         "accepted": counts["accepted"], "accepted_per_s": counts["accepted"] / accepting,
         "rows": rows, "shape": shape, "modules": len(status["modules"]),
         "cell_size_m": status["cell_size_m"], "peak_memory_mb": status["peak_memory_mb"],
         "map_problems": running.problems,
     }  # fmt: skip
+
+
+def key_of(path: Path, fold: int | None, seed: int) -> Row:
+    """What tells a run from the others."""
+    return {"capture": path.name, "fold": fold, "seed": seed}
 
 
 def at_mark(
@@ -139,11 +178,11 @@ def shapes(path: Path, capture: Capture, renders: Sequence[Render]) -> Row:
 
 def say(name: str, fold: int | None, row: Row) -> None:
     """One mark in words, as it comes."""
-    peer = PEERS.get(name, {}).get(int(row["mark_s"])) if fold is None else None
+    peer = best_peer(PEERS.get(name, {}), row["mark_s"]) if fold is None else None
     split = "own split" if fold is None else f"fold {fold}"
     print(
         f"{name}, {split}, {row['mark_s']:.0f} s: {row['psnr']:.2f} dB, known {row['known']:.3f}, "
-        f"SSIM {row['ssim']:.3f}, peer {peer}",
+        f"SSIM {row['ssim']:.3f}, best peer {peer}",
         flush=True,
     )
 
@@ -159,31 +198,39 @@ def views_at(runs: Sequence[Row], mark: float) -> dict[str, float]:
     }
 
 
-def summarise(runs: Sequence[Row], other: Sequence[Row] = ()) -> Row:
-    """Per capture and over all: mean PSNR at each mark with its interval, each mark against the
-    one before in pairs of views, and each against `other` runs' same views.
+def summarise(runs: Sequence[Row]) -> Row:
+    """Per capture and over all: mean PSNR at each mark with its interval, and each mark against the
+    one before in pairs of views.
     """
     out: Row = {}
     marks = sorted({row["mark_s"] for run in runs for row in run["rows"]})
     for name in [*dict.fromkeys(run["capture"] for run in runs), "all"]:
         here = [run for run in runs if name in ("all", run["capture"])]
-        there = [run for run in other if name in ("all", run["capture"])]
         out[name] = {}
         for before, mark in zip([None, *marks], marks, strict=False):
             views = views_at(here, mark)
             low, high = bootstrap(list(views.values()))
             found: Row = {"psnr": np.mean(list(views.values())) if views else None}
-            found |= {"interval": [low, high], "views": len(views)}
+            found["interval"] = None if np.isnan(low) else [low, high]
+            found["views"] = len(views)
             if before is not None:
                 found["gain_since_mark_before"] = measure.pair(views, views_at(here, before))
-            if there:
-                found["against_other"] = measure.pair(views, views_at(there, mark))
             out[name][f"{mark:.0f}"] = found
     return out
 
 
+def against(runs: Sequence[Row], other: Sequence[Row]) -> Row:
+    """Per capture and over all, at each mark: these runs minus others, view by view."""
+    out: Row = {}
+    for name in [*dict.fromkeys(run["capture"] for run in runs), "all"]:
+        here, there = ([r for r in rs if name in ("all", r["capture"])] for rs in (runs, other))
+        for mark in sorted({row["mark_s"] for run in here for row in run["rows"]}):
+            out[f"{name}, {mark:.0f} s"] = measure.pair(views_at(here, mark), views_at(there, mark))
+    return out
+
+
 def plot(runs: Sequence[Row], path: Path) -> None:
-    """A panel per capture: PSNR against CPU seconds beside the peer's; folds as crosses."""
+    """A panel per capture: PSNR against CPU seconds beside the peers'; folds as crosses."""
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(run["capture"] for run in runs))
@@ -196,9 +243,10 @@ def plot(runs: Sequence[Row], path: Path) -> None:
                 axes.plot(marks, values, "o-", color="C0", label="this daemon")
             else:
                 axes.plot(marks, values, "x", color="C2", label=f"fold {run['fold']}")
-        peer = PEERS.get(name, {})
-        if peer:
-            axes.plot(list(peer), list(peer.values()), "s--", color="C1", label="OpenSplat")
+        for (peer, levels), colour in zip(
+            PEERS.get(name, {}).items(), ("C1", "C4", "C3"), strict=False
+        ):
+            axes.plot(list(levels), list(levels.values()), "s--", color=colour, label=peer)
         axes.set(title=name, xlabel="CPU seconds", ylabel="held-out PSNR (dB)")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
@@ -206,7 +254,7 @@ def plot(runs: Sequence[Row], path: Path) -> None:
 
 
 def main() -> None:
-    """Read the arguments, run what is missing, write the JSON and the plot."""
+    """Read the arguments, run what is missing, write the JSON and the plot, print the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -220,20 +268,25 @@ def main() -> None:
     args = parser.parse_args()
     folds = [int(f) for f in args.folds.split(",")] if args.folds else [None]
     marks = [float(m) for m in (args.marks or ("60" if args.folds else MARKS)).split(",")]
-    known = json.loads(args.out.read_text())["runs"] if args.out.exists() else []
-    other = json.loads(args.against.read_text())["runs"] if args.against else []
+    results = measure.open_results(args.out, protocol(), "runs")
     for fold in folds:
         for name in args.capture:
             path = Path(name) if Path(name).is_dir() else data / "drone" / name
-            key = (path.name, fold, args.seed)
-            if any((r["capture"], r["fold"], r["seed"]) == key for r in known):
+            key = key_of(path, fold, args.seed)
+            same = [r for r in results["runs"] if key.items() <= r.items()]
+            if any(r["marks"] == marks for r in same):
                 continue
             load = measure.machine()
-            known.append(run(path, marks, fold, args.seed) | {"machine": load})
-            write_json(
-                args.out, {"peers": PEERS, "summary": summarise(known, other), "runs": known}
-            )
-            plot(known, args.out.with_suffix(".png"))
+            done = run(path, marks, fold, args.seed) | {"machine": load}
+            results["runs"] = [r for r in results["runs"] if r not in same] + [done]
+            results |= {"peers": PEERS, "summary": summarise(results["runs"])}
+            write_json(args.out, results)
+            plot(results["runs"], args.out.with_suffix(".png"))
+    print("\n\n".join("\n".join(lines) for lines in tables(results)))
+    if args.against:
+        other = json.loads(args.against.read_text(encoding="utf-8"))["runs"]
+        for name, found in against(results["runs"], other).items():
+            print(f"{name}, against {args.against.name}: {measure.words(found)}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ withheld frames' poses are then rendered. A pixel's surface point comes from the
 inside that frame's picture and no nearer surface hides it, 3 % of the distance allowed. Reported:
 the share flagged unknown of the pixels that no remaining frame has seen (aim: at least 95 %), and
 of those seen by three or more (aim: at most 5 %); with `map.known_views` 1, the default, and 2.
+What is in the JSON is not measured again, rows of another protocol are.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from mclnf_edge.inference.renderer import Renderer  # noqa: E402
 from mclnf_edge.mapping.initialization import load_init  # noqa: E402
 from mclnf_edge.mapping.mapper import Mapper  # noqa: E402
 from mclnf_edge.types import Frame, Render  # noqa: E402
+from tools.measure import find, init_facts, open_results, save  # noqa: E402
 
 F64 = npt.NDArray[np.float64]
 SHRINK = 2
@@ -147,21 +149,30 @@ def measure(path: Path, steps: int, known_views: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def protocol() -> dict[str, Any]:
+    """What the rows have in common; rows of another protocol are measured anew."""
+    return init_facts(load_init(None)) | {
+        "seed": ServeConfig().adapt.seed, "views": f"1/{SHRINK} of their width", "slack": SLACK
+    }  # fmt: skip
+
+
 def main() -> None:
-    """Measure the captures named and write the JSON."""
+    """Measure what is missing of the captures named, write after each row."""
     parser = argparse.ArgumentParser(description=__doc__)
     data = Path(os.environ.get("MCLNF_DATA", ROOT.parent / "shared" / "data")) / "drone"
     parser.add_argument("--capture", nargs="*", default=["boruszyn", "ochota_a", "brighton"])
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--out", type=Path, default=ROOT / "tools/results/bench_unknown.json")
     options = parser.parse_args()
-    rows = []
+    results = open_results(options.out, protocol())
     for name in options.capture:
         path = Path(name) if Path(name).is_dir() else data / name
         for known_views in (1, 2):
-            rows.append(measure(path, options.steps, known_views))
-            print(json.dumps(rows[-1]), flush=True)
-            options.out.write_text(json.dumps(rows, indent=1) + "\n")
+            key = {"capture": path.name, "known_views": known_views, "steps": options.steps}
+            if find(results, **key) is None:
+                results["rows"].append(measure(path, options.steps, known_views))
+                save(options.out, results)
+            print(json.dumps(find(results, **key)), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,10 @@ from typing import Any
 
 import numba
 import numpy as np
+import torch
 
 import mclnf_edge
+from mclnf_edge.mapping.initialization import Initialization, SignalInitialization
 from mclnf_edge.report import write_json
 from meta_trainer.evaluate import bootstrap
 
@@ -24,6 +26,10 @@ ROOT = Path(__file__).resolve().parents[1]
 CAPTURES = ("brighton", "boruszyn", "ochota_a")
 RUNS: tuple[tuple[int, int | None], ...] = ((0, None), (1, 1), (2, 4))
 """(seed, fold) of the runs of a table: the capture's own split, then every 8th frame from 1, 4."""
+EXPOSURE = "told from the frames around, the map's brightness and their metadata"
+"""Where the exposure of a held-out picture comes from in every table."""
+FEWEST = 6
+"""Pairs for a verdict: of fewer, a bootstrap's interval is no more than their range."""
 
 Views = Mapping[str, float]
 """A held-out view's name -> dB. Names are unique over captures and runs."""
@@ -43,14 +49,19 @@ def arguments(description: str | None, out: str) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def open_results(path: Path, protocol: dict[str, Any]) -> dict[str, Any]:
-    """The rows measured so far with this protocol; none when the protocol is another."""
+def open_results(path: Path, protocol: dict[str, Any], rows: str = "rows") -> dict[str, Any]:
+    """The `rows` measured so far with this protocol; none when it is another or was not noted."""
     wanted = json.loads(json.dumps(protocol))
     if path.exists():
-        kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if kept["protocol"] == wanted:
+        kept: Any = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(kept, dict) and kept.get("protocol") == wanted:
             return kept
-    return {"protocol": wanted, "rows": []}
+    return {"protocol": wanted, rows: []}
+
+
+def init_facts(init: Initialization | SignalInitialization) -> dict[str, Any]:
+    """What modules began from: the file's digest, and which real captures it was learned on."""
+    return {"init": init.digest, "real_captures_seen_by_init": init.meta.get("real_captures")}
 
 
 def find(results: dict[str, Any], **key: Any) -> dict[str, Any] | None:
@@ -81,6 +92,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "numpy": np.__version__,
         "numba": numba.__version__,
+        "torch": torch.__version__,
         "command": command(sys.argv),
     }
 
@@ -110,9 +122,14 @@ def pair(a: Views, b: Views) -> dict[str, Any]:
 
 
 def verdict(gaps: list[float], low: float, high: float) -> str:
-    """The difference in words; an interval that includes 0 is no measurable difference."""
+    """The difference in words; an interval that includes 0 is no measurable difference.
+
+    Fewer than FEWEST views say nothing, whatever their interval.
+    """
     if math.isnan(low):
         return f"{len(gaps)} view{'s' * (len(gaps) != 1)}: no interval"
+    if len(gaps) < FEWEST:
+        return "too few views"
     if low <= 0 <= high:
         return "no measurable difference"
     return f"{np.mean(gaps):+.2f} dB"
@@ -126,5 +143,5 @@ def words(found: dict[str, Any] | None) -> str:
     if found["interval"] is None:
         return f"{shown} ({found['verdict']})"
     low, high = found["interval"]
-    inside = ": no measurable difference" if low <= 0 <= high else ""
-    return f"{shown} [{low:+.2f}, {high:+.2f}]{inside}"
+    told = found["verdict"] if found["views"] < FEWEST or low <= 0 <= high else ""
+    return f"{shown} [{low:+.2f}, {high:+.2f}]" + (f": {told}" if told else "")

@@ -15,9 +15,10 @@ after the other, each is done after its share of STEPS steps and its rays never 
 
 PSNR is taken on held-out pixels whose swept surface lies in the first task, after every task; on
 those of every other task when it is done; and on all of them at the end. The fast field starts from
-the shipped initialization and the seeded planes in every row, the MLP from random. Run r has seed r
-and its own split (`measure.RUNS`); the MLP has run 0 only. Stopped and started again it goes on.
-Writes table_continual.json and .png.
+the shipped initialization and the seeded planes in every row, the MLP from random. Planes are
+seeded from frames of the whole capture before the first task, in every row: only steps come in
+turn. Run r has seed r and its own split (`measure.RUNS`); the MLP has run 0 only. Stopped and
+started again it goes on. Writes table_continual.json and .png.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def protocol(init: Initialization) -> dict[str, Any]:
         "steps": STEPS,
         "rays_per_step": {"fast field": 2048, "MLP": RAYS},
         "rates": "the defaults, the MLP's rates falling tenfold within each task",
-        "test_pictures": f"1/{SHRINK} of their width, exposure from their neighbours in time",
+        "test_pictures": f"1/{SHRINK} of their width, exposure {measure.EXPOSURE}",
         "fewest_pixels": FEWEST,
         "inset": INSET,
         "runs": measure.RUNS,

@@ -26,13 +26,14 @@ from mclnf_edge.inference.signals import render_picture, render_sound  # noqa: E
 from mclnf_edge.mapping.initialization import SignalInitialization, open_init  # noqa: E402
 from mclnf_edge.mapping.signals import SignalMapper  # noqa: E402
 from mclnf_edge.maths.metrics import psnr  # noqa: E402
-from mclnf_edge.report import write_json  # noqa: E402
 from meta_trainer.data import open_items  # noqa: E402
+from tools.measure import init_facts, save  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = (1, 4, 16, 64, 256)
 HELD_OUT = {"image": ("free-pictures", "faces"), "video": ("video",), "audio": ("speech",)}
 SIGNALS = 4
+RANDOM_SEED = 1
 
 
 def main() -> int:
@@ -44,10 +45,11 @@ def main() -> int:
     parser.add_argument("--weighting", default=SignalsConfig().weighting)
     parser.add_argument("--out", type=Path, default=ROOT / "tools" / "results" / "table_inits.json")
     asked = parser.parse_args()
-    rows = []
+    rows, inits = [], {}
     for modality in asked.modalities:
         init = open_init(asked.init or Path(modality))
         assert isinstance(init, SignalInitialization)
+        inits[modality] = init_facts(init)
         for dataset in HELD_OUT[modality]:
             paths = [item.path for item in open_items(dataset, "test")]
             for path in paths[:: max(len(paths) // SIGNALS, 1)][:SIGNALS]:
@@ -57,7 +59,9 @@ def main() -> int:
                     for name, start in (("init", init), ("random", random_start(init)))
                 ]
         report(rows, modality)
-    write_json(asked.out, {"steps": STEPS, "lr": asked.lr, "rows": rows})
+    protocol = {"inits": inits, "steps": STEPS, "lr": asked.lr, "weighting": asked.weighting}
+    protocol |= {"random_start_seed": RANDOM_SEED, "signals": SIGNALS}
+    save(asked.out, {"protocol": protocol, "rows": rows})
     return 0
 
 
@@ -67,7 +71,7 @@ def _rate(text: str) -> float | str:
 
 def random_start(init: SignalInitialization) -> SignalInitialization:
     """The same field with the values that meta-training itself began with, of another seed."""
-    return replace(init, params=init.field.init(torch.Generator().manual_seed(1)))
+    return replace(init, params=init.field.init(torch.Generator().manual_seed(RANDOM_SEED)))
 
 
 def measure(path: Path, init: SignalInitialization, asked: argparse.Namespace) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def protocol(init: Initialization) -> dict[str, Any]:
         "real_captures_seen_by_init": init.meta.get("real_captures"),
         "steps": STEPS,
         "rates": "the defaults, falling tenfold over these steps",
-        "test_pictures": f"1/{SHRINK} of their width, exposure from their neighbours in time",
+        "test_pictures": f"1/{SHRINK} of their width, exposure {measure.EXPOSURE}",
         "runs": measure.RUNS,
     }
 

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 import mclnf_edge
 from mclnf_edge.config import ComputeConfig, ServeConfig
-from mclnf_edge.daemon import logs
+from mclnf_edge.daemon import logs, memory
 from mclnf_edge.daemon.desk import Desk, answering
 from mclnf_edge.daemon.security import Keyring, check_role
 from mclnf_edge.daemon.sockets import ROUND, Endpoint, Incoming
@@ -269,8 +269,8 @@ class Service:
             **state,
             "version": mclnf_edge.__version__,
             "streams": streams,
-            "memory_mb": _resident_mb(),
-            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "memory_mb": memory.resident_mb(),
+            "peak_memory_mb": memory.peak_mb(),
             "cpu_s": time.process_time(),
             "render_cpu_s": self.worker.render_cpu_s,
             "renders": self.worker.renders,
@@ -390,8 +390,3 @@ def _of_its_cells(config: ServeConfig, meta: Mapping[str, Any]) -> ServeConfig:
 
 def _threads() -> int:
     return max(1, min(len(os.sched_getaffinity(0)), 8))
-
-
-def _resident_mb() -> float:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize() / 1e6

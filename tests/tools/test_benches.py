@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,11 @@ from mclnf_edge.captures import open_capture  # noqa: E402
 from mclnf_edge.errors import CaptureError, MclnfError  # noqa: E402
 from mclnf_edge.types import Camera, Frame  # noqa: E402
 from tools import (  # noqa: E402
+    bench_init,
     bench_live,
     bench_long,
     bench_stream,
+    bench_unknown,
     daemons,
     ground,
     measure,
@@ -168,18 +171,112 @@ def test_marks_are_paired_over_captures_and_folds() -> None:
         return {"capture": capture, "fold": fold, "seed": 0, "rows": rows}
 
     runs = [run("a", None, [20.0, 21.0]), run("a", 1, [20.0, 22.0]), run("b", None, [18.0, 17.0])]
-    found = bench_stream.summarise(runs, [run("b", None, [18.0, 16.5])])
+    found = bench_stream.summarise(runs)
     assert found["a"]["60"]["gain_since_mark_before"]["difference_db"] == 1.5
     assert found["a"]["60"]["views"] == 8 and found["all"]["60"]["views"] == 12
-    assert found["b"]["60"]["against_other"]["difference_db"] == 0.5
     assert "gain_since_mark_before" not in found["a"]["30"]
+    other = bench_stream.against(runs, [run("b", None, [18.0, 16.5])])
+    assert other["b, 60 s"]["difference_db"] == 0.5 and other["all, 60 s"]["views"] == 4
+    assert other["a, 60 s"]["difference_db"] is None
 
 
-def test_the_readme_table_has_the_difference_to_the_peer() -> None:
+def test_a_stream_of_another_protocol_or_other_marks_is_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[list[float]] = []
+
+    def run(path: Path, marks: list[float], fold: int | None, seed: int) -> dict[str, object]:
+        ran.append(marks)
+        row = {"psnr": 20.0, "ssim": 0.5, "steps_per_cpu_s": 9.0, "render_cpu_s": 0.1}
+        rows = [row | {"mark_s": m, "views": [{"frame": "f", "psnr": 20.0}]} for m in marks]
+        cost = {"peak_memory_mb": 100.0, "accepted_per_s": 9.0, "shape": {}}
+        return {**bench_stream.key_of(path, fold, seed), "marks": marks, "rows": rows, **cost}
+
+    def measured(marks: str) -> int:
+        before = len(ran)
+        monkeypatch.setattr("sys.argv", f"x --capture a --marks {marks} --out {out}".split())
+        bench_stream.main()
+        assert "| a | 20.00 |" in capsys.readouterr().out
+        return len(ran) - before
+
+    monkeypatch.setattr(bench_stream, "run", run)
+    out = tmp_path / "stream.json"
+    out.write_text(json.dumps({"runs": [{"capture": "a", "fold": None, "seed": 0}]}))
+    assert [measured("30"), measured("30"), measured("60"), measured("60")] == [1, 0, 1, 0]
+    kept = json.loads(out.read_text())
+    assert [r["marks"] for r in kept["runs"]] == [[60.0]]
+    assert kept["protocol"]["real_captures_seen_by_init"] == [] and kept["protocol"]["init"]
+    monkeypatch.setattr(bench_stream, "HORIZON_S", 480.0)
+    assert measured("60") == 1
+
+
+def test_shares_of_the_unknown_are_measured_once_and_say_what_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[int] = []
+
+    def figures(path: Path, steps: int, known_views: int) -> dict[str, object]:
+        ran.append(known_views)
+        return {"capture": path.name, "known_views": known_views, "steps": steps}
+
+    out = tmp_path / "unknown.json"
+    out.write_text(json.dumps([figures(Path("a"), 150, 1)]))
+    ran.clear()
+    monkeypatch.setattr(bench_unknown, "measure", figures)
+    monkeypatch.setattr("sys.argv", f"x --capture a --out {out}".split())
+    bench_unknown.main()
+    bench_unknown.main()
+    kept = json.loads(out.read_text())
+    assert ran == [1, 2] and len(kept["rows"]) == 2
+    assert kept["protocol"].keys() >= {"init", "real_captures_seen_by_init", "seed"}
+    assert kept["machine"]["torch"]
+
+
+def test_the_best_peer_at_a_mark_is_named() -> None:
+    peers = {"a": {"15": 14.0, "60": 19.0}, "b": {"15": 15.0}}
+    assert table_stream.best_peer(peers, 15.0) == ("b", 15.0)
+    assert table_stream.best_peer(peers, 60.0) == ("a", 19.0)
+    assert table_stream.best_peer(peers, 30.0) is None
+    assert table_stream.best_peer(bench_stream.PEERS["boruszyn"], 60.0) == ("plane sketch", 19.47)
+
+
+def test_blocks_that_never_became_useful_count_as_infinitely_slow() -> None:
+    def blocks(*seconds: float | None) -> list[dict[str, object]]:
+        return [{"wall_s": s, "cpu_s": s} for s in seconds]
+
+    found = bench_live.summarise(blocks(1.0, 2.0, 3.0, None))
+    assert (found["useful"], found["blocks_in_views"], found["never"]) == (3, 4, 1)
+    assert found["wall_s"] == {"median": 2.5, "slowest": None}
+    assert bench_live.summarise(blocks(1.0, 2.0))["cpu_s"] == {"median": 1.5, "slowest": 2.0}
+    assert bench_live.summarise(blocks(1.0, None))["wall_s"]["median"] is None
+    assert bench_live.summarise([])["wall_s"] == {"median": None, "slowest": None}
+    row = {"capture": "a", "rate_hz": 0.5, "first_frames": None, "end": {"psnr": 21.0}}
+    assert table_stream.live([row | {"summary": found}, row])[2:] == [
+        "| a | 0.5 | 21.00 dB | 3 of 4 | 2.5 s | never |"
+    ]
+
+
+def test_starts_are_paired_by_view_and_seeds_are_no_views() -> None:
+    def entry(*runs: list[float]) -> dict[str, object]:
+        marks = [str(mark) for mark in bench_init.MARKS]
+        return {"runs": {str(i): dict.fromkeys(marks, run) for i, run in enumerate(runs)}}
+
+    a = {"meta": entry([21.0, 22.0], [21.0, 24.0]), "random": entry([20.0, 20.0], [20.0, 22.0])}
+    b = {"meta": entry([20.0]), "random": entry([20.0])}
+    empty = {"meta": {"runs": {}}, "random": {"runs": {}}}
+    found = bench_init.compare({"a": a, "b": b, "c": empty})
+    assert list(found) == ["a", "b", "all"] and found["all"]["64"]["views"] == 3
+    assert found["a"]["64"]["difference_db"] == 1.5 and found["a"]["64"]["interval"] == [1.0, 2.0]
+    assert found["a"]["64"]["verdict"] == "too few views"
+
+
+def test_the_readme_table_has_the_difference_to_the_best_peer() -> None:
     row = {"mark_s": 60.0, "psnr": 21.25, "ssim": 0.6, "steps_per_cpu_s": 20.4, "render_cpu_s": 1.5}
     run = {"capture": "a", "rows": [row], "peak_memory_mb": 700.4, "accepted_per_s": 60.2}
     run["shape"] = {"sparse_points": {"median_m": 0.456}}
-    head, rule, line = table_stream.quality([run], {"a": {"60": 20.0}})
+    peers = {"a": {"one": {"60": 19.0}, "two": {"60": 20.0, "120": 21.0}}}
+    head, rule, line, *others = table_stream.quality([run], peers)
+    assert others == ["| a, one | 19.00 |  |  |", "| a, two | **20.00** |  |  |"]
     assert head == "| capture | 60 s | SSIM | peak memory |" and rule == "|---|---|---|---|"
     assert line == "| a | 21.25 (+1.25) | 0.60 | 700 MB |"
     assert table_stream.quality([run], {})[2] == "| a | 21.25 | 0.60 | 700 MB |"
@@ -223,3 +320,13 @@ def test_a_command_names_no_folder_of_this_machine() -> None:
     assert measure.command(["tools/x.py", "/a/b/flight", "--rate", "2"]) == (
         "python tools/x.py flight --rate 2"
     )
+
+
+def test_the_results_at_hand_can_be_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["table_stream.py"])
+    table_stream.main()
+    assert "| boruszyn, OpenSplat | 13.96 |" in capsys.readouterr().out
+    kept = json.loads((measure.ROOT / "tools/results/bench_init.json").read_text(encoding="utf-8"))
+    assert bench_init.lines(kept)[-1].startswith("| all | meta - random |")

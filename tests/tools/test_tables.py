@@ -52,6 +52,15 @@ def test_a_difference_is_taken_view_by_view_and_named_only_when_its_interval_exc
     noisy = {view: value + (-1) ** i for i, (view, value) in enumerate(base.items())}
     assert measure.pair(noisy, base)["verdict"] == "no measurable difference"
     assert measure.pair({"view 0": 21.0}, base)["interval"] is None
+    assert measure.words(measure.pair({"view 0": 21.0}, base)).endswith("(1 view: no interval)")
+
+
+def test_too_few_views_give_an_interval_and_no_verdict() -> None:
+    few = measure.pair({f"{i}": 21.0 + i for i in range(5)}, {f"{i}": 20.0 + i for i in range(5)})
+    assert few["verdict"] == "too few views" and few["interval"] == [1.0, 1.0]
+    assert measure.words(few) == "+1.00 [+1.00, +1.00]: too few views"
+    six = measure.pair({f"{i}": 21.0 + i for i in range(6)}, {f"{i}": 20.0 + i for i in range(6)})
+    assert six["verdict"] == "+1.00 dB" and measure.words(six) == "+1.00 [+1.00, +1.00]"
 
 
 def test_results_of_another_protocol_are_not_mixed_in(tmp_path: Path) -> None:
@@ -64,6 +73,10 @@ def test_results_of_another_protocol_are_not_mixed_in(tmp_path: Path) -> None:
     assert measure.find(again, capture="a", seed=1) is None
     assert json.loads(path.read_text())["machine"]["cores"] >= 1
     assert measure.open_results(path, {"steps": 8})["rows"] == []
+    assert "torch" in json.loads(path.read_text())["machine"]
+    for without in ({"rows": [{"capture": "a"}]}, [{"capture": "a"}]):
+        path.write_text(json.dumps(without))
+        assert measure.open_results(path, {"steps": 4}, "runs")["runs"] == []
 
 
 def test_cells_are_cut_into_runs_of_equal_tiles_in_the_order_of_the_flight() -> None:
