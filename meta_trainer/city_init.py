@@ -183,12 +183,12 @@ class Episode:
     def score(self, shrink: int) -> list[float]:
         """PSNR in dB of every test frame, rendered at 1/shrink of its size, unknown pixels grey.
 
-        Exposure comes from the neighbouring train frames, never from the test picture.
+        Exposure is told by the train frames around it and the map, never by the test picture.
         """
         return [self._psnr(frame, shrink) for frame in self.test]
 
     def gain(self, frame: Frame) -> F32:
-        """(3,) log exposure of a test frame, from its neighbours in time and the map."""
+        """(3,) log exposure of a test frame, from the frames around it and the map."""
         meter = self.mapper.exposures.meter(_STREAM, frame.timestamp, frame.exposure)
         view = View(frame.camera, frame.T_world_camera, frame.timestamp, _STREAM)
         return self._renderer.gain(self.mapper.pool, self.mapper.origins[0], view, meter)
@@ -204,7 +204,7 @@ class Episode:
     ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
         """A test frame as the map shows it and as it was taken, (H, W, 3), at 1/shrink its size.
 
-        `gain` (3,) is the log exposure, None: that of its neighbours in time.
+        `gain` (3,) is the log exposure, None: as the frames around it and the map tell it.
         """
         truth = self.truth(frame, shrink)
         camera = frame.camera.scaled(truth.shape[1], truth.shape[0])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import time
 from typing import Any
 
 import torch
 
 from mclnf_edge.maths.fields import count
+from mclnf_edge.resident import peak_mb
 from meta_trainer.evaluate import measure
 from meta_trainer.methods import predict
 from meta_trainer.runs import (
@@ -67,4 +67,4 @@ def _measure(job: Job, setting: Setting, name: str, rate: float) -> dict[str, An
 def _peak_mb(device: str) -> float:
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return peak_mb() * 1e6 / 2**20

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "mclnf_edge"
 
 # Each part may import those of earlier lines, and its own files.
 LAYERS = (
-    ("errors", "types"),
+    ("errors", "resident", "types"),
     ("config", "geometry", "maths"),
     ("images", "engine", "sounds", "world_frames"),
     ("captures", "wire", "mapping", "store", "spool"),

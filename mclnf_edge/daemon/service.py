@@ -22,8 +22,9 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import mclnf_edge
+from mclnf_edge import resident
 from mclnf_edge.config import ComputeConfig, ServeConfig
-from mclnf_edge.daemon import logs, memory
+from mclnf_edge.daemon import logs
 from mclnf_edge.daemon.desk import Desk, answering
 from mclnf_edge.daemon.security import Keyring, check_role
 from mclnf_edge.daemon.sockets import ROUND, Endpoint, Incoming
@@ -269,8 +270,8 @@ class Service:
             **state,
             "version": mclnf_edge.__version__,
             "streams": streams,
-            "memory_mb": memory.resident_mb(),
-            "peak_memory_mb": memory.peak_mb(),
+            "memory_mb": resident.now_mb(),
+            "peak_memory_mb": resident.peak_mb(),
             "cpu_s": time.process_time(),
             "render_cpu_s": self.worker.render_cpu_s,
             "renders": self.worker.renders,

@@ -11,7 +11,7 @@ from pathlib import Path
 _STATUS = Path("/proc/self/status")
 
 
-def resident_mb() -> float:
+def now_mb() -> float:
     """Resident memory in MB of 1e6 bytes."""
     pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return pages * resource.getpagesize() / 1e6

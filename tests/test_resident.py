@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from mclnf_edge.daemon import memory
+from mclnf_edge import resident
 
-CHILD = "from mclnf_edge.daemon import memory; print(memory.resident_mb(), memory.peak_mb())"
+CHILD = "from mclnf_edge import resident; print(resident.now_mb(), resident.peak_mb())"
 PARENT = f"""
 import subprocess, sys
 fat = b"x" * 300_000_000
@@ -31,7 +31,7 @@ def test_a_fat_parents_peak_is_not_its_childs() -> None:
 def test_without_proc_the_peak_is_the_kernels_figure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "_STATUS", tmp_path / "none")
+    monkeypatch.setattr(resident, "_STATUS", tmp_path / "none")
     unit = 1 if sys.platform == "darwin" else 1024
     known = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
-    assert memory.peak_mb() == pytest.approx(known, rel=0.05)
+    assert resident.peak_mb() == pytest.approx(known, rel=0.05)
