@@ -61,7 +61,7 @@ def rays(data: Path) -> Row:
         return run
 
     runs = {"plain": steps("none"), "output-layer": steps("output-layer")}
-    runs |= {name: steps(name) for name in ("diagonal", "gradncp", "residual")}
+    runs |= {name: steps(name) for name in ("diagonal", "drawn", "gradncp", "residual")}
     rows = compare(interleaved(runs, 12), "plain", 10)
     flight.restart(load_init(None).mlp, seed=0)
     return {
