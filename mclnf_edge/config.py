@@ -89,9 +89,9 @@ class AdaptConfig(Section):
     rays_per_step: int = setting(2048, 1, 1 << 20)
     lr: float = setting(0.06, above=0, high=10)
     lr_mlp: float = setting(0.002, above=0, high=10)
-    weighting: Literal["none", "output-layer", "diagonal", "gradncp", "residual", "shuffled"] = (
-        "output-layer"
-    )
+    weighting: Literal[
+        "none", "output-layer", "diagonal", "drawn", "gradncp", "residual", "shuffled"
+    ] = "output-layer"
     fisher_lambda: float = setting(0.1, 0)
     fisher_damping: float = setting(0.1, above=0)
     weight_clamp: float = setting(10.0, 1)

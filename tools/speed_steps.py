@@ -30,7 +30,7 @@ from meta_trainer.meta_gradient import meta_gradient
 from meta_trainer.methods.base import Batch, Learning, pick
 from meta_trainer.methods.modular import Modular, stages
 from tools.measure import ROOT
-from tools.speed_torch import Timed, adapting, compare, interleaved, spread
+from tools.speed_torch import Timed, adapting, compare, interleaved, spearman, spread
 
 Row = dict[str, Any]
 F32 = npt.NDArray[np.float32]
@@ -61,7 +61,7 @@ def rays(data: Path) -> Row:
         return run
 
     runs = {"plain": steps("none"), "output-layer": steps("output-layer")}
-    runs |= {name: steps(name) for name in ("diagonal", "gradncp", "residual")}
+    runs |= {name: steps(name) for name in ("diagonal", "drawn", "gradncp", "residual")}
     rows = compare(interleaved(runs, 12), "plain", 10)
     flight.restart(load_init(None).mlp, seed=0)
     return {
@@ -91,18 +91,14 @@ def ray_rankings(flight: Flight) -> Row:
             q[name] = optimizer.scored(pool, traced, d_rgb)
             diagonals[name] = pool.ray_fisher
         met = q["diagonal"] > 0
+        exact = torch.from_numpy(q["diagonal"][met])
         for name in CHEAP:
-            found[name].append(_spearman(q[name][met], q["diagonal"][met]))
+            found[name].append(spearman(torch.from_numpy(q[name][met]), exact))
         return np.ones(len(d_rgb), np.float32)
 
     with mock.patch.object(optimizer, "weigh", weigh):
         flight.steps(RANKED_STEPS)
     return {name: spread(values) for name, values in found.items()}
-
-
-def _spearman(a: F32, b: F32) -> float:
-    ranks = [x.argsort().argsort().astype(np.float64) for x in (a, b)]
-    return float(torch.corrcoef(torch.from_numpy(np.stack(ranks)))[0, 1])
 
 
 # -- roofline -----------------------------------------------------------------------------------

@@ -2,8 +2,9 @@
 
 Every setting takes the same steps from the same seeded modules and the shipped initialization, with
 the same rays: Fisher weights of the output layer (on), of every parameter (exact), none (off), the
-controls (GradNCP's score, squared residual, Fisher weights shuffled within the batch), and sweeps
-of fisher_lambda and, in run 0 only, of its damping and the clamps. Run r has seed r and a split of
+controls (GradNCP's score, squared residual, Fisher weights shuffled within the batch), half as many
+rays (drawn by the output layer's weights from the batch; taken evenly and weighted), and sweeps of
+fisher_lambda and, in run 0 only, of its damping and the clamps. Run r has seed r and a split of
 its own (`measure.RUNS`), so that a capture of 18 frames has more than two held-out views; settings
 are compared view by view within a run.
 Stopped and started again it goes on. Writes table_weights.json and .png.
@@ -39,6 +40,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gradncp": {"weighting": "gradncp"},
     "residual": {"weighting": "residual"},
     "shuffled": {"weighting": "shuffled"},
+    "drawn": {"weighting": "drawn"},
+    "half the rays": {"rays_per_step": 1024},
     "lambda 0.03": {"fisher_lambda": 0.03},
     "lambda 0.3": {"fisher_lambda": 0.3},
     "lambda 1": {"fisher_lambda": 1.0},
@@ -111,8 +114,9 @@ def adapt(
     episode.restart(init.mlp, seed)
     mapper = episode.mapper
     tiles = sum(len(t) for f in mapper.frames.values() for t in f.tiles.values())
-    passes = STEPS * mapper.adapt.rays_per_step / (tiles * TILE * TILE)
-    mapper.optimizer.adapt = replace(mapper.adapt, passes=passes, **setting)
+    settings = replace(mapper.adapt, **setting)
+    passes = STEPS * settings.rays_per_step / (tiles * TILE * TILE)
+    mapper.optimizer.adapt = replace(settings, passes=passes)
     began, weights = time.process_time(), []
     for step in range(STEPS):
         report = mapper.step()
@@ -166,10 +170,20 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return out
 
 
+def seconds(rows: list[dict[str, Any]], setting: str) -> float:
+    """Median over captures and runs of the steps' CPU seconds relative to `off`."""
+    spent = {(r["capture"], r["seed"], r["setting"]): r["cpu_s"] for r in rows}
+    runs = [(capture, seed) for capture, seed, name in spent if name == setting]
+    return float(np.median([spent[a, b, setting] / spent[a, b, "off"] for a, b in runs]))
+
+
 def lines(results: dict[str, Any]) -> list[str]:
-    """The table in Markdown: PSNR without weights, the others' gap to it, weights' quantiles."""
+    """The table in Markdown: PSNR without weights, the others' gap to it, CPU, weights' quantiles.
+
+    CPU seconds are those of `seconds`; a setting that was measured on another day met another load.
+    """
     summary = results["summary"]
-    head = ["weights", *summary, "5, 50, 95, 99 % of w", "effective rays"]
+    head = ["weights", *summary, "CPU s", "5, 50, 95, 99 % of w", "effective rays"]
     out = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for setting in EVERY:
         cells = [setting]
@@ -179,6 +193,7 @@ def lines(results: dict[str, Any]) -> list[str]:
                 cells.append(f"{found['psnr']:.2f} dB" if found else "")
             else:
                 cells.append(measure.words(found["minus_off"]))
+        cells.append(f"{seconds(results['rows'], setting):.2f}")
         spread = [row["weights"] for row in results["rows"] if row["setting"] == setting]
         middle = [np.mean([s["quantiles"][q] for s in spread]) for q in ("5", "50", "95", "99")]
         cells.append(", ".join(f"{m:.2f}" for m in middle))

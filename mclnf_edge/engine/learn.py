@@ -103,6 +103,18 @@ def ray_weights(q: F32, strength: float, clamp: float) -> F32:
     return weights
 
 
+def drawn(weights: F32, random: np.random.Generator) -> F32:
+    """(R,) how often each ray is taken by R // 2 draws with replacement, divided by its mean.
+
+    Rays are drawn in proportion to `weights` (R,), which the result is on average, when their mean
+    is 1; those not drawn have 0 and need no backward pass.
+    """
+    share = weights / weights.sum(dtype=np.float64)
+    counts = random.multinomial(max(len(weights) // 2, 1), share)
+    scaled: F32 = (counts / counts.mean()).astype(np.float32)
+    return scaled
+
+
 def residual_score(d_rgb: F32) -> F32:
     """(R,) squared error of each ray, up to a factor; `d_rgb` (R, 3) is the loss's gradient."""
     score: F32 = np.square(d_rgb).sum(1, dtype=np.float32)

@@ -114,15 +114,17 @@ def gradncp_score(traced: Traced, d_rgb: Tensor) -> Tensor:
 def gradients(traced: Traced, slopes: Slopes, weights: Tensor) -> Step:
     """Of all that learns, with ray weights (R,); through the networks and into the texels.
 
-    What hardly counts is left out, as in `volume.backward`, so that no texel is taken for seen.
+    What hardly counts, and rays without gradient or weight, are left out, as in `volume.backward`,
+    so that no texel is taken for seen.
     """
     n = traced.samples.t.shape[1]
     w = weights[traced.samples.ray]
     faint = traced.light.weight < 1e-5
     faint &= (slopes.sigma * w[:, None]).abs() * traced.light.sigma < 1e-9
     point = traced.known.point
-    kept = ~faint.view(-1)[point]
-    d_raw = slopes.raw * (w[point // n] * kept)[:, None]
+    d_raw = slopes.raw * w[point // n][:, None]
+    kept = ~faint.view(-1)[point] & d_raw.any(1)
+    d_raw *= kept[:, None]
     learning = [part for part in traced.parts if part.weights.requires_grad]
     d_weights, index, share, d_read = [], [], [], []
     for part in learning:

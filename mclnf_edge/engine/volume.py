@@ -538,7 +538,8 @@ def _output_gradient(tape, i, e, d_sigma, g0, g1, g2, do):
 def backward(scene, tape, transposed, d_rgb, r0, r1, samples, grad, d_weights, touched, queue):
     """Add the parameter gradients of rays r0..r1 for dL/drgb `d_rgb` (R, 3).
 
-    Frozen modules (owner -1) get none. Returns the number of texels queued.
+    Frozen modules (owner -1) get none, and rays whose gradient is zero cost nothing: their texels
+    are not queued. Returns the number of texels queued.
     """
     do = np.zeros(OUTPUTS, np.float32)
     dx = np.empty(INPUTS, np.float32)
@@ -547,6 +548,8 @@ def backward(scene, tape, transposed, d_rgb, r0, r1, samples, grad, d_weights, t
     n = 0
     for r in range(r0, r1):
         g0, g1, g2 = d_rgb[r, 0], d_rgb[r, 1], d_rgb[r, 2]
+        if g0 == 0 and g1 == 0 and g2 == 0:
+            continue
         after, behind = tape.left[r], float32(0)
         for back in range(tape.used[r]):
             i = r * samples + tape.used[r] - 1 - back

@@ -111,9 +111,10 @@ class Engine(ABC, Generic[T]):
             return np.ones(n, np.float32)
         q = self.scored(pool, traced, d_rgb)
         weights = learn.ray_weights(q, adapt.fisher_lambda, adapt.weight_clamp)
+        random = np.random.default_rng((adapt.seed, self.steps))
         if adapt.weighting == "shuffled":
-            np.random.default_rng((adapt.seed, self.steps)).shuffle(weights)
-        return weights
+            random.shuffle(weights)
+        return learn.drawn(weights, random) if adapt.weighting == "drawn" else weights
 
     def scored(self, pool: ModulePool, traced: T, d_rgb: F32) -> F32:
         """What the rays' weights grow with, (R,): information, or a control's stand-in for it."""

@@ -104,6 +104,30 @@ def test_weights_have_mean_one_and_keep_the_order(strength: float) -> None:
     assert w.max() / w.min() <= 1 + 10 * strength + 1e-3
 
 
+def test_rays_are_drawn_in_proportion_to_their_weights() -> None:
+    w = learn.ray_weights(np.random.default_rng(4).gamma(0.3, 1.0, 512).astype(np.float32), 1, 10.0)
+    draws = np.stack([learn.drawn(w, np.random.default_rng((5, k))) for k in range(4000)])
+    assert draws.mean(1) == pytest.approx(1, abs=1e-5)
+    assert 0.5 < (draws == 0).mean() < 0.75, "exp(-1/2), were the weights even"
+    assert set(np.unique(draws[0]).tolist()) <= {2.0 * k for k in range(20)}
+    error = (draws.mean(0) - w) / np.sqrt(2 * w / len(draws))  # of sums of 0, 2, 4 ...
+    assert np.abs(error).max() < 5 and 0.8 < error.std() < 1.2
+    assert learn.drawn(np.ones(1, np.float32), np.random.default_rng(0)).tolist() == [1.0]
+
+
+def test_a_ray_without_gradient_queues_nothing() -> None:
+    ro, rd, bands = small.rays(RAYS)
+    d_rgb = np.random.default_rng(2).normal(0, 1, (RAYS, 3)).astype(np.float32)
+    alone, among = small.make_pool(), small.make_pool()
+    scene, tape = small.forward(alone, ro, rd, bands)
+    n = small.backward(alone, scene, tape, d_rgb, 0, RAYS // 2)
+    d_rgb[RAYS // 2 :] = 0
+    scene, tape = small.forward(among, ro, rd, bands)
+    assert small.backward(among, scene, tape, d_rgb, 0, RAYS) == n > 0
+    np.testing.assert_array_equal(among.gradient[0], alone.gradient[0])
+    np.testing.assert_array_equal(among.weight_gradient[0], alone.weight_gradient[0])
+
+
 def test_weights_without_information_are_one() -> None:
     assert (learn.ray_weights(np.zeros(8, np.float32), 0.1, 10.0) == 1).all()
     assert (learn.ray_weights(np.ones(8, np.float32), 0.0, 10.0) == 1).all()

@@ -41,7 +41,7 @@ def test_residual_score_is_the_squared_error() -> None:
     np.testing.assert_allclose(learn.residual_score(error), [9.0, 0.25])
 
 
-@pytest.mark.parametrize("weighting", ["none", "output-layer", "residual", "shuffled"])
+@pytest.mark.parametrize("weighting", ["none", "output-layer", "drawn", "residual", "shuffled"])
 def test_weights_keep_the_mean_and_the_control_only_moves_them(weighting: str) -> None:
     config = ServeConfig()
     error = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
@@ -56,5 +56,11 @@ def test_weights_keep_the_mean_and_the_control_only_moves_them(weighting: str) -
     elif weighting == "shuffled":
         np.testing.assert_array_equal(np.sort(weights), np.sort(plain))
         assert (weights != plain).any()
+    elif weighting == "drawn":
+        again = optimizer.weigh(None, None, error)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(again, weights)
+        optimizer.steps += 1
+        assert (optimizer.weigh(None, None, error) != weights).any()  # type: ignore[arg-type]
+        assert 0.4 < (weights == 0).mean() < 0.8
     else:
         np.testing.assert_allclose(weights, plain, rtol=1e-6)

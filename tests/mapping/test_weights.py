@@ -73,6 +73,20 @@ def test_the_exact_diagonal_weighs_rays_and_runs_on(monkeypatch: pytest.MonkeyPa
         flights.mapper([], compute=Compute("torch", "cpu"), weighting="diagonal")
 
 
+@pytest.mark.parametrize("engine", ["numba", "torch"])
+def test_drawn_rays_are_trained_and_others_are_not(engine: Any) -> None:
+    m = flights.mapper(
+        flights.flight().frames, compute=Compute(engine, "cpu"), rays_per_step=RAYS,
+        weighting="drawn",
+    )  # fmt: skip
+    report = m.step()
+    assert report is not None
+    assert report.weights.mean() == pytest.approx(1) and (report.weights == 0).mean() > 0.4
+    before = flights.score(m, flights.flight())
+    flights.learn(m, 20)
+    assert flights.score(m, flights.flight()) > before
+
+
 def scores_kept(kept: list[Any]) -> Any:
     """`volume.scores` that remembers what it was given and what it found."""
     run = volume.scores

@@ -232,6 +232,17 @@ def test_a_flight_by_steps_leaves_the_clock_as_it_was() -> None:
     assert lines[-1].startswith("| three parts, or not at all, end |")
 
 
+def test_seconds_are_relative_to_those_without_weights_in_the_same_run() -> None:
+    spent = {"off": (4.0, 8.0, 1.0), "drawn": (3.0, 4.0, 0.7)}
+    rows = [
+        {"capture": "a", "seed": seed, "setting": setting, "cpu_s": cpu}
+        for setting, values in spent.items()
+        for seed, cpu in enumerate(values)
+    ]
+    assert table_weights.seconds(rows, "drawn") == pytest.approx(0.7)
+    assert table_weights.seconds(rows, "off") == 1
+
+
 def test_the_spread_of_weights() -> None:
     even = table_weights.distribution(np.ones(100, np.float32))
     assert even["effective_share"] == 1.0 and even["quantiles"]["99"] == 1.0
