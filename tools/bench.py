@@ -6,6 +6,7 @@ fisher: a step on point samples with exact and factored Fisher weights against t
 views: the same for rays of the paper's radiance MLP, with the cross terms of a ray's samples.
 rays: the same for the compiled engine's step on rays.
 roofline: whole steps of the paper's networks against measured matrix product rate and bandwidth.
+compilers: a SIREN's training step by eager autograd, torch.compile and this project's own passes.
 ingest: frames acknowledged a second from four publishers, adaptation paused and running.
 start: seconds from `serve` to its ready line, first status and first acknowledgement.
 meta: meta-training episodes/s against a plain autograd loop with the same result.
@@ -39,6 +40,7 @@ PARTS: dict[str, Callable[[Path], Row]] = {
     "views": speed_torch.views,
     "rays": speed_steps.rays,
     "roofline": speed_steps.roofline,
+    "compilers": speed_torch.compilers,
     "ingest": speed_daemon.ingest,
     "start": speed_daemon.start,
     "meta": speed_steps.meta,

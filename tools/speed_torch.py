@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -16,7 +19,7 @@ from mclnf_edge.captures import open_capture
 from mclnf_edge.images import decode_image
 from mclnf_edge.mapping.initialization import load_signal_init
 from mclnf_edge.maths.adaptation import Rule, State, inner_step
-from mclnf_edge.maths.fields import Field, NerfMlp, Params
+from mclnf_edge.maths.fields import Field, NerfMlp, Params, Siren
 from mclnf_edge.sounds import read_sound
 from meta_trainer.data import load_video, open_items
 from meta_trainer.episodes import Episode, audio_episode, image_episode, video_episode
@@ -134,6 +137,71 @@ def views(data: Path) -> Row:
         "spearman": rankings(field, start, batches, RAY_RULES),
         "load": round(os.getloadavg()[0], 2),
     }  # fmt: skip
+
+
+def compilers(data: Path) -> Row:
+    """Training steps of a SIREN 5x128 on 512 points: eager, torch.compile's, this project's.
+
+    Forward, backward and Adam without weights; torch.compile's first step, with its caches empty,
+    is timed alone.
+    """
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    field = Siren(2, 3, 128)
+    start = field.init(generator)
+    batch = torch.rand(512, 2, generator=generator), torch.rand(512, 3, generator=generator)
+    row: Row = {"quartiles": [25, 50, 75]}
+    runs = {
+        "eager": autograd_step(field, start, batch, lambda function: function)[1],
+        "project": adapting(field, start, [batch], RULES["plain"]),
+    }
+    compiler = os.environ.get("CXX", "g++")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder),
+    ):
+        if shutil.which(compiler) is None:
+            row["compile"] = f"skipped: no C++ compiler {compiler}"
+        else:
+            runs["compile"] = autograd_step(field, start, batch, torch.compile)[1]
+            began = time.perf_counter()
+            runs["compile"]()
+            row["compile_wall_s"] = round(time.perf_counter() - began, 1)
+        timed = interleaved({n: repeated(run, STEPS_A_ROUND) for n, run in runs.items()}, ROUNDS)
+    return row | compare(timed, "eager", STEPS_A_ROUND) | {"load": round(os.getloadavg()[0], 2)}
+
+
+def autograd_step(
+    field: Field, start: Params, batch: Batch, compiled: Callable[[Any], Any]
+) -> tuple[Params, Callable[[], None]]:
+    """Parameters and a step that moves them by autograd and torch's Adam.
+
+    `compiled` is applied to the loss and to the optimizer's step.
+    """
+    params = {name: p.clone().requires_grad_() for name, p in start.items()}
+    optimizer = torch.optim.Adam(params.values(), 3e-4)
+
+    def loss(x: Tensor, s: Tensor) -> Tensor:
+        return (field(params, x) - s).square().sum(-1).mean()
+
+    measured, moved = compiled(loss), compiled(optimizer.step)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        measured(*batch).backward()
+        moved()
+
+    return params, step
+
+
+def repeated(run: Callable[[], None], times: int) -> Callable[[], None]:
+    """`run` so many times."""
+
+    def runs() -> None:
+        for _ in range(times):
+            run()
+
+    return runs
 
 
 def quality(field: Field, start: Params, episode: Episode) -> Row:

@@ -22,6 +22,7 @@ def test_parts_that_are_kept_run_again_only_when_named() -> None:
         "views",
         "rays",
         "roofline",
+        "compilers",
         "ingest",
         "meta",
         "processes",
@@ -57,6 +58,18 @@ def test_every_rule_runs_on_until_both_marks_are_known(monkeypatch: pytest.Monke
     assert rows["plain"]["equal_steps"] == rows["plain"]["equal_seconds"] == [8, 40, 72]
     assert rows["exact"] == {"equal_steps": [16, 48, 80], "equal_seconds": [12, 44, 76]}
     assert rows["factored"] == {"equal_steps": [24, 56, 88], "equal_seconds": [32, 64, 96]}
+
+
+def test_autograd_steps_end_where_this_projects_do() -> None:
+    field, generator = Siren(2, 3, width=8, layers=3, omega=5.0), torch.Generator().manual_seed(0)
+    start = field.init(generator)
+    batch = torch.rand(64, 2, generator=generator), torch.rand(64, 3, generator=generator)
+    params, step = speed_torch.autograd_step(field, start, batch, lambda function: function)
+    step()
+    rule = Rule("none", "adam")
+    ours, _, _ = speed_torch.inner_step(field, start, speed_torch.State(), batch, 3e-4, rule)
+    for name, p in params.items():
+        torch.testing.assert_close(p.detach(), ours[name], rtol=1e-3, atol=1e-6)
 
 
 def test_each_cheap_rule_is_ranked_against_the_exact_weights() -> None:
