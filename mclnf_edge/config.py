@@ -110,7 +110,7 @@ class SignalsConfig(Section):
     samples_per_step: int = setting(512, 1, 1 << 20)
     stepping: Literal["sgd", "adam", "fim-sgd"] = "adam"
     lr: float | Literal["init"] = setting(0.0003, above=0, high=10)
-    weighting: Literal["none", "diagonal", "factored"] = "diagonal"
+    weighting: Literal["none", "diagonal", "factored"] = "factored"
     max_edge_px: int = setting(480, 16, 4096)
 
 
