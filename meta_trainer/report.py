@@ -148,8 +148,8 @@ class Try(NamedTuple):
 def explanations(rows: Sequence[Row], tried: Sequence[Row], dataset: str) -> Iterator[str]:
     """For each pair out of the paper's order, which of the changes of `causes` put it in order.
 
-    A change of one method counts before changes of both, and these before one with which the two
-    are level: their difference is undecided.
+    A change of one method counts before changes of both; where no change does, a pair that the
+    signals leave undecided as it is, or with a change, is told so.
 
     Args:
         rows: one metric's rows of a table.
@@ -165,6 +165,8 @@ def explanations(rows: Sequence[Row], tried: Sequence[Row], dataset: str) -> Ite
         fewest = min(map(len, good), default=0)
         if good:
             told = "in order with " + _or(t for t in good if len(t) == fewest)
+        elif undecided(pair.a, pair.b):
+            told = "undecided over the signals as it is"
         elif any(t.level for t in changes):
             told = "level (undecided) with " + _or(t.told for t in changes if t.level)
         else:

@@ -49,7 +49,7 @@ VARIANTS: dict[str, Variant] = {
         Variant("MER", _SIGNALS, _mer("MER (buffer 1/20)", share=0.05)),
         Variant("MER", _PICTURES, _mer("MER (across 0.1)", across=0.1)),
         Variant("MER", _PICTURES, _mer("MER (buffer 1/20, across 0.1)", share=0.05, across=0.1)),
-        Variant("EWC", (*_PICTURES, "views"), Ewc("EWC (strength 30)", strength=30.0)),
+        Variant("EWC", ("video", "views"), Ewc("EWC (strength 30)", strength=30.0)),
         Variant("EWC", ("views",), Ewc("EWC (MAML+CL's start)", start="maml-cl")),
         Variant("OML", _PICTURES, Sequential("OML (top layer)", "oml", top=1)),
         Variant("OML", _SIGNALS, Sequential("OML (top 3 layers)", "oml", top=3)),

@@ -342,6 +342,8 @@ def test_explanations_name_the_changes_that_put_a_pair_in_order() -> None:
     rows[0]["per_signal"] = {"x": 29, "y": 31}
     told = list(explanations(rows, near, "d"))
     assert told[1] == "MOL / ER: level (undecided) with ER (at once)"
+    rows[2]["per_signal"] = {"x": 28, "y": 32}
+    assert list(explanations(rows, near, "d"))[1] == "MOL / ER: undecided over the signals as it is"
 
 
 def test_endings_stand_beside_the_papers() -> None:
