@@ -304,6 +304,8 @@ def causes(job: Job, settings: list[Setting]) -> Iterator[Any]:
                 yield {**row, "method": told, "of": name, "further": True}
             for name in OURS if kind != "views" else ():  # no run of a module falls there
                 smaller = _smaller_steps(job, setting, name)
+                if smaller is None:
+                    continue
                 row = make_row(smaller, setting, name, metric, paper_row(table, metric, like, name))
                 told = f"{name} (step size {row['rate']:g})"
                 yield {**row, "method": told, "of": name, "further": False}
@@ -315,11 +317,11 @@ def causes(job: Job, settings: list[Setting]) -> Iterator[Any]:
                     yield {**row, "of": own, "further": False}
 
 
-def _smaller_steps(job: Job, setting: Setting, name: str) -> Job:
-    """The same with the next smaller step size than validation chose for this method."""
+def _smaller_steps(job: Job, setting: Setting, name: str) -> Job | None:
+    """The same with the next smaller step size than validation chose; None where there is none."""
     rate, tried = chosen_rate(job, setting, name, make_method(name, setting))
-    smaller = max((float(r) for r in tried if float(r) < rate), default=rate)
-    return replace(job, budget=replace(job.budget, search=(smaller,)))
+    smaller = [float(r) for r in tried if float(r) < rate]
+    return replace(job, budget=replace(job.budget, search=(max(smaller),))) if smaller else None
 
 
 def table6(job: Job, settings: list[Setting]) -> Iterator[Any]:

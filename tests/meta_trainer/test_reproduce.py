@@ -145,16 +145,23 @@ def test_controls_sweep_lambda_and_start_alike(root: Path, out: Path) -> None:
     rows = reproduce.reproduce("controls", dataset="faces", root=root, out=out)["rows"]
     sweep = {r["method"]: r["best"] for r in rows if r["metric"] == "psnr-validation"}
     tests = {r["method"]: r for r in rows if r["metric"] == "psnr"}
-    assert len(sweep) == len(reproduce.LAMBDAS) and set(tests) == {"none", *reproduce.CONTROLS}
+    own = tests.pop("Ours (MIM)")
+    assert set(sweep) == {f"lambda {lam:g}" for lam in (0, *reproduce.LAMBDAS)}
+    assert set(tests) == {"none", *reproduce.CONTROLS}
     lam = tests["diagonal"]["lam"]
-    assert sweep[f"lambda {lam:g}"] == max(sweep.values())
+    del sweep["lambda 0"]  # no weights at all: never the one that the controls take
+    assert sweep[f"lambda {lam:g}"] == max(sweep.values()) and own["lam"] == lam
     assert len({r["last"] for r in tests.values()}) == 7
     assert len({r["rate"] for r in tests.values()}) == 1
     mod = reproduce.reproduce("fig4", dataset="faces", root=root, out=out)["rows"][0]
     assert tests["none"]["curve"] == mod["curve"]
 
 
-def test_causes_run_further_and_read_methods_otherwise(root: Path, out: Path) -> None:
+def test_causes_run_further_and_read_methods_otherwise(
+    root: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = (1e-4, *runs.BUDGETS["smoke"].search)
+    monkeypatch.setitem(runs.BUDGETS, "smoke", replace(runs.BUDGETS["smoke"], search=search))
     told = reproduce.reproduce("causes", dataset="faces", root=root, out=out)
     both = told["rows"]
     rows = [r for r in both if r["metric"] == "psnr"]
@@ -172,7 +179,10 @@ def test_causes_run_further_and_read_methods_otherwise(root: Path, out: Path) ->
     plain = {r["method"]: r for r in table}
     assert [list(r["curve"])[-1] for r in longer] == ["32"] * 3 + ["16"] * 2
     assert all(r["curve"]["4"] == plain[r["of"]]["curve"]["4"] for r in longer)
-    others = [r for r in rows if r not in longer]
+    smaller = [r for r in rows if "step size" in r["method"]]
+    assert [r["of"] for r in smaller] == list(reproduce.OURS)
+    assert all(r["rate"] < plain[r["of"]]["rate"] for r in smaller)
+    others = [r for r in rows if r not in longer and r not in smaller]
     assert [r["method"] for r in others] == [n for n, v in VARIANTS.items() if "image" in v.kinds]
     for row in others:
         own = plain[row["of"]]
