@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -180,10 +180,12 @@ def summary(curves: Sequence[Mapping[str, Mapping[str, float]]], metric: str) ->
     }
 
 
-def worst_fall(curve: Mapping[str, Mapping[str, float]], metric: str) -> float:
-    """How far a run's curve is below its running best; marks without a value are left out."""
-    values = [curve[k][metric] for k in sorted(curve, key=int)]
-    known = [v for v in values if math.isfinite(v)]
+def worst_fall(values: Iterable[float | None]) -> float:
+    """How far a curve, in the order of its steps, is ever below its running best.
+
+    Marks without a value are left out.
+    """
+    known = [v for v in values if v is not None and math.isfinite(v)]
     best = accumulate(known, max)
     return max((b - v for b, v in zip(best, known, strict=True)), default=0.0)
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from mclnf_edge.errors import ConfigError
 from meta_trainer.data import DATASETS
-from meta_trainer.evaluate import bootstrap
+from meta_trainer.evaluate import bootstrap, worst_fall
 from meta_trainer.runs import SHIPPED, Setting
 
 Row = Mapping[str, Any]
@@ -237,9 +237,7 @@ def falls(rows: Sequence[Row]) -> dict[tuple[str, str], Fall]:
     """(data set, method) -> what falls below its running best, in dB."""
     found: dict[tuple[str, str], Fall] = {}
     for row in rows:
-        values = [v for v in row.get("curve", {}).values() if v is not None]
-        best = itertools.accumulate(values, max)
-        drop = max((b - v for b, v in zip(best, values, strict=True)), default=0.0)
+        drop = worst_fall(row.get("curve", {}).values())
         runs = row.get("run_falls") or [0.0]
         count = sum(fall > FALLEN for fall in runs)
         found[row["dataset"], row["method"]] = Fall(drop, count, len(runs), max(runs))

@@ -104,7 +104,9 @@ def make_row(
         "seed_std": float(np.std(per_seed)),
         "interval": bootstrap(per_signal),
         "per_signal": dict(zip(signals, per_signal, strict=True)),
-        "run_falls": [worst_fall(r["curve"], metric) for r in records],
+        "run_falls": [
+            worst_fall(r["curve"][k][metric] for k in sorted(r["curve"], key=int)) for r in records
+        ],
         "compute_s": {r["key"]: r["seconds"] for r in records},
         "forgetting": mean_known([mean_known(r["forgetting"]) for r in records]),
         "transfer": mean_known([mean_known(r["transfer"]) for r in records]),

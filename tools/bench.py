@@ -29,7 +29,6 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # read once, when torch is first loaded
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-
 from mclnf_edge.report import write_json  # noqa: E402
 from tools import speed_daemon, speed_steps, speed_torch  # noqa: E402
 from tools.measure import ROOT, machine  # noqa: E402

@@ -93,9 +93,7 @@ def main() -> int:
 
 def protocol(init: Initialization) -> dict[str, Any]:
     """What the rows have in common; rows of another protocol are measured anew."""
-    return {
-        "init": init.digest,
-        "real_captures_seen_by_init": init.meta.get("real_captures"),
+    return measure.init_facts(init) | {
         "tasks": TASKS,
         "steps": STEPS,
         "rays_per_step": {"fast field": 2048, "MLP": RAYS},

@@ -111,10 +111,13 @@ class Engine(ABC, Generic[T]):
             return np.ones(n, np.float32)
         q = self.scored(pool, traced, d_rgb)
         weights = learn.ray_weights(q, adapt.fisher_lambda, adapt.weight_clamp)
-        random = np.random.default_rng((adapt.seed, self.steps))
         if adapt.weighting == "shuffled":
-            random.shuffle(weights)
-        return learn.drawn(weights, random) if adapt.weighting == "drawn" else weights
+            self._numbers().shuffle(weights)
+        return learn.drawn(weights, self._numbers()) if adapt.weighting == "drawn" else weights
+
+    def _numbers(self) -> np.random.Generator:
+        """Random numbers, the same for a seed and a step."""
+        return np.random.default_rng((self.adapt.seed, self.steps))
 
     def scored(self, pool: ModulePool, traced: T, d_rgb: F32) -> F32:
         """What the rays' weights grow with, (R,): information, or a control's stand-in for it."""

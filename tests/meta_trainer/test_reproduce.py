@@ -409,8 +409,8 @@ def test_agreement_and_falls_by_hand() -> None:
 
 
 def test_a_runs_worst_fall_skips_marks_without_a_value() -> None:
-    curve = {k: {"psnr": v} for k, v in (("16", 4.0), ("2", 5.0), ("1", 3.0), ("4", math.nan))}
-    assert evaluate.worst_fall(curve, "psnr") == 1.0
+    assert evaluate.worst_fall([3.0, 5.0, math.nan, None, 4.0]) == 1.0
+    assert evaluate.worst_fall([]) == evaluate.worst_fall([1.0, 2.0]) == 0.0
 
 
 def test_report_has_tables_curves_and_panels(root: Path, out: Path) -> None:
