@@ -62,7 +62,10 @@ def city(
 @app.command()
 def reproduce(
     target: Annotated[
-        str, typer.Argument(help="table1 ... table7, fig2, fig3, fig4, controls, causes, or all.")
+        str,
+        typer.Argument(
+            help="table1 to table7, fig2 to fig4, controls, causes, causes3 to causes5, or all."
+        ),
     ],
     budget: Annotated[str, typer.Option(help="smoke, cpu or paper.")] = "smoke",
     dataset: Annotated[

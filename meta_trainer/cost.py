@@ -16,6 +16,7 @@ from meta_trainer.runs import (
     Job,
     Setting,
     chosen_rate,
+    fitting,
     load_episode,
     make_method,
     start_params,
@@ -33,6 +34,7 @@ def measure_cost(job: Job, setting: Setting, name: str) -> dict[str, Any]:
     The smaller of 128 and the budget's last mark is used and reported as `steps`.
     """
     method = make_method(name, setting)
+    setting = fitting(setting, method)
     start_params(job, setting, method, 0)  # trained and searched here, not in the measured process
     rate, _ = chosen_rate(job, setting, name, method)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -41,6 +43,7 @@ def measure_cost(job: Job, setting: Setting, name: str) -> dict[str, Any]:
 
 def _measure(job: Job, setting: Setting, name: str, rate: float) -> dict[str, Any]:
     method = make_method(name, setting)
+    setting = fitting(setting, method)
     start = start_params(job, setting, method, 0)
     item = test_items(job, setting)[0]
     episode = load_episode(item, setting, job)

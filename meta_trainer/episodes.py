@@ -2,7 +2,7 @@
 
 Letters: T tasks, N samples per task, d coordinates, c channels. Pictures and videos are stored as
 value - 0.5, audio as it is. Coordinates are those of the whole signal, so that one shared start can
-know where in the signal a module stands.
+know where in the signal a module stands, or each task's own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-Cut = Literal["strips", "interleaved"]
+Cut = Literal["strips", "interleaved", "own"]
+"""How a signal becomes tasks: parts that follow one another; interleaved samples (appendix D); the
+parts of "strips", the coordinates of each stretched to [-1, 1], for modules only: one network could
+not tell its tasks apart."""
+
 Signal = npt.NDArray[Any]
 Order = npt.NDArray[np.int64]
 
@@ -107,7 +111,8 @@ def image_episode(name: str, image: Signal, tasks: int = 4, cut: Cut = "strips")
         height, width = image.shape[0], image.shape[1] // tasks * tasks
         numbers = np.arange(height * width).reshape(height, width)
         parts = [part.reshape(-1) for part in np.split(numbers, tasks, axis=1)]
-    return _episode(name, image[:height, :width], np.stack(parts), 2, 0.5, 1.0)
+    own = (height, width // tasks) if cut == "own" else None
+    return _episode(name, image[:height, :width], np.stack(parts), 2, 0.5, 1.0, own)
 
 
 def video_episode(name: str, frames: Signal, tasks: int = 4, cut: Cut = "strips") -> Episode:
@@ -126,16 +131,18 @@ def video_episode(name: str, frames: Signal, tasks: int = 4, cut: Cut = "strips"
     if not len(frames):
         raise ValueError(f"{name}: {count} frames cannot be cut into {tasks} runs")
     numbers = np.arange(len(frames) * height * width)
-    return _episode(name, frames, np.stack(np.split(numbers, tasks)), 3, 0.5, 1.0)
+    own = (len(frames) // tasks, height, width) if cut == "own" else None
+    return _episode(name, frames, np.stack(np.split(numbers, tasks)), 3, 0.5, 1.0, own)
 
 
 def audio_episode(name: str, samples: Signal, tasks: int = 4, cut: Cut = "strips") -> Episode:
     """(L,) in -1..1 -> `tasks` segments along time; its PSNR takes the range 2."""
-    if cut != "strips":
+    if cut == "interleaved":
         raise ValueError("audio has no reduced-resolution setting")
     samples = samples[: len(samples) // tasks * tasks]
     order = np.stack(np.split(np.arange(len(samples)), tasks))
-    return _episode(name, samples, order, 1, 0.0, 2.0)
+    own = (len(samples) // tasks,) if cut == "own" else None
+    return _episode(name, samples, order, 1, 0.0, 2.0, own)
 
 
 CUTTERS: dict[str, Callable[[str, Signal, int, Cut], Episode]] = {
@@ -146,12 +153,17 @@ CUTTERS: dict[str, Callable[[str, Signal, int, Cut], Episode]] = {
 
 
 def _episode(
-    name: str, signal: Signal, order: Order, axes: int, offset: float, peak: float
+    name: str,
+    signal: Signal,
+    order: Order,
+    axes: int,
+    offset: float,
+    peak: float,
+    own: tuple[int, ...] | None = None,
 ) -> Episode:
+    """`own` is the shape of a task whose coordinates are its own."""
     channels = 1 if signal.ndim == axes else signal.shape[-1]
     flat = torch.from_numpy(np.ascontiguousarray(signal, dtype=np.float32)).reshape(-1, channels)
     index = torch.from_numpy(order)
-    coords = grid(signal.shape[:axes])
-    return Episode(
-        name, coords[index], flat[index] - offset, index, tuple(signal.shape), offset, peak
-    )
+    coords = grid(own).expand(len(order), -1, -1) if own else grid(signal.shape[:axes])[index]
+    return Episode(name, coords, flat[index] - offset, index, tuple(signal.shape), offset, peak)

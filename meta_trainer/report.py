@@ -17,9 +17,13 @@ from typing import Any, NamedTuple
 from mclnf_edge.errors import ConfigError
 from meta_trainer.data import DATASETS
 from meta_trainer.evaluate import bootstrap, worst_fall
+from meta_trainer.reproduce import CAUSES
 from meta_trainer.runs import SHIPPED, Setting
 
 Row = Mapping[str, Any]
+
+_TOLD = ("width", "tasks")
+"""What tells a table's rows of one method apart."""
 
 USUAL = dataclasses.asdict(Setting(""))
 
@@ -134,7 +138,7 @@ def agreement(rows: Sequence[Row]) -> dict[str, tuple[int, int, list[str]]]:
 
 def named(row: Row) -> str:
     """A row's method with its width or number of tasks where its table has several."""
-    return " ".join([row["method"], *(f"{row[k]} {k}" for k in ("width", "tasks") if k in row)])
+    return " ".join([row["method"], *(f"{row[k]} {k}" for k in _TOLD if k in row)])
 
 
 class Try(NamedTuple):
@@ -171,7 +175,7 @@ def explanations(rows: Sequence[Row], tried: Sequence[Row], dataset: str) -> Ite
             told = "level (undecided) with " + _or(t.told for t in changes if t.level)
         else:
             told = f"not with any of {len(changes)} changes"
-        yield f"{pair.a['method']} / {pair.b['method']}: {told}"
+        yield f"{named(pair.a)} / {named(pair.b)}: {told}"
 
 
 def _tries(pair: Pair, tried: Sequence[Row]) -> list[Try]:
@@ -180,20 +184,27 @@ def _tries(pair: Pair, tried: Sequence[Row]) -> list[Try]:
     Those are compared by the best that each has within the steps that both took.
     """
     ways = [
-        [own, *(r for r in tried if r["of"] == own["method"] and not r["further"])]
+        [own, *(r for r in tried if _is_of(r, own) and not r["further"])]
         for own in (pair.a, pair.b)
     ]
     found = []
     for a, b in itertools.product(*ways):
-        told = tuple(r["method"] for r in (a, b) if "of" in r)
+        told = tuple(named(r) for r in (a, b) if "of" in r)
         found.append(Try(told, a["best"] - b["best"], undecided(a, b)))
-    further = {r["of"]: r for r in tried if r["further"]}
-    longer = [further.get(own["method"]) for own in (pair.a, pair.b)]
+    longer = [
+        next((r for r in tried if _is_of(r, own) and r["further"]), None)
+        for own in (pair.a, pair.b)
+    ]
     if longer[0] is not None and longer[1] is not None:
         steps = min(int(list(row["curve"])[-1]) for row in longer if row)
         difference = _best_to(longer[0], steps) - _best_to(longer[1], steps)
         found.append(Try((f"both to {steps} steps",), difference, False))
     return found[1:]  # the first is the pair as it is
+
+
+def _is_of(tried: Row, own: Row) -> bool:
+    """Whether a row of `causes` is a change of this row of a table."""
+    return tried["of"] == own["method"] and all(tried.get(k) == own.get(k) for k in _TOLD)
 
 
 def _or(changes: Iterable[tuple[str, ...]]) -> str:
@@ -274,8 +285,7 @@ def write_report(out: Path) -> tuple[Path, Path]:
     results = {path.stem: _read(path) for path in paths}
     for stem, result in results.items():
         lines += _section(result, out, figures, stem)
-        causes = results.get(stem.replace(result["target"], "causes"))
-        if result["target"] in ("table1", "table2") and causes:
+        if causes := results.get(stem.replace(result["target"], CAUSES.get(result["target"], ""))):
             lines += _explained(result, causes)
     lines += [*_rates(out / "rates.jsonl"), *_trainings()]
     lines += ["## Discrepancies in the paper", "", *(f"- {d}" for d in DISCREPANCIES), ""]
@@ -289,7 +299,7 @@ def write_report(out: Path) -> tuple[Path, Path]:
 def _read(path: Path) -> dict[str, Any]:
     result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     keys = {"target", "budgets", "rows", "machine", "compute_s", "wall_s"}
-    of = {"of", "further"} if result.get("target") == "causes" else set()
+    of = {"of", "further"} if result.get("target") in CAUSES.values() else set()
     own = {"per_signal", "run_falls"}
     if not keys <= result.keys() or not all(
         of | (own if "curve" in row else set()) <= row.keys() for row in result["rows"]
@@ -386,7 +396,7 @@ def _section(result: Mapping[str, Any], out: Path, figures: Path, name: str) -> 
                                                       if "provenance" in r)]  # fmt: skip
     curved = [r for r in rows if "curve" in r]
     curves = _by_metric(curved)
-    for part in curves if target != "causes" else []:  # variants of one method, there
+    for part in curves if target not in CAUSES.values() else []:  # variants of one method, there
         for dataset, (agree, pairs, wrong) in agreement(part).items():
             lines.append(
                 f"- {dataset}, {row_label(part, dataset)}: {agree} of {pairs} pairs in the paper's "
@@ -424,7 +434,8 @@ def _explained(result: Mapping[str, Any], causes: Mapping[str, Any]) -> list[str
         for rows in _by_metric(result["rows"])
         for text in explanations(rows, causes["rows"], dataset)
     ]
-    told = "What was tried for pairs out of the paper's order (`causes`):"
+    target = CAUSES[result["target"]]
+    told = f"What was tried for pairs out of the paper's order (`{target}`):"
     return [told, "", *lines, ""] if lines else []
 
 

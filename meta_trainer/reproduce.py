@@ -11,12 +11,12 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import chain, product
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -214,28 +214,41 @@ def paper_curve(table: str, setting: Setting, key: str) -> dict[str, Any] | None
     }
 
 
-def table4(job: Job, settings: list[Setting]) -> Iterator[Any]:
-    """mod and MIM at one and two module widths; the paper's figures are for MatrixCity.
+class Cell(NamedTuple):
+    """A row of table 4 or 5: a method, its setting, the column it is told by, the paper's row."""
 
-    Its first row's step 1 and MIM's are those of B5 in Table 1.
+    method: str
+    setting: Setting
+    told: dict[str, int]
+    paper: dict[str, Any] | None
+
+
+def table4_cells(job: Job, setting: Setting) -> Iterator[Cell]:
+    """mod and MIM at one and two module widths.
+
+    The paper's first row's step 1 and MIM's are those of B5 in Table 1.
     """
-    for setting in settings[:1]:
-        for widen in (1, 2):
-            for name in OURS:
-                key = name.replace(")", f"; {256 * widen})")
-                paper = paper_curve("table4", setting, key)
-                row = make_row(job, replace(setting, widen=widen), name, "psnr", paper)
-                yield {**row, "width": job.budget.width // 2 * widen}
+    for widen, name in product((1, 2), OURS):
+        paper = paper_curve("table4", setting, name.replace(")", f"; {256 * widen})"))
+        width = job.budget.width // 2 * widen
+        yield Cell(name, replace(setting, widen=widen), {"width": width}, paper)
 
 
-def table5(job: Job, settings: list[Setting]) -> Iterator[Any]:
-    """mod and MIM with 5 and 10 tasks; the paper's figures are for MatrixCity."""
+def table5_cells(job: Job, setting: Setting) -> Iterator[Cell]:
+    """mod and MIM with 5 and 10 tasks."""
+    for tasks, name in product((5, 10), OURS):
+        paper = paper_curve("table5", setting, f"{name}; {tasks} tasks")
+        yield Cell(name, replace(setting, tasks=tasks), {"tasks": tasks}, paper)
+
+
+CELLS = {"table4": table4_cells, "table5": table5_cells}
+
+
+def of_cells(table: str, job: Job, settings: list[Setting]) -> Iterator[Any]:
+    """Rows of table 4 or 5; the paper's figures are for MatrixCity."""
     for setting in settings[:1]:
-        for tasks in (5, 10):
-            for name in OURS:
-                paper = paper_curve("table5", setting, f"{name}; {tasks} tasks")
-                row = make_row(job, replace(setting, tasks=tasks), name, "psnr", paper)
-                yield {**row, "tasks": tasks}
+        for cell in CELLS[table](job, setting):
+            yield make_row(job, cell.setting, cell.method, "psnr", cell.paper) | cell.told
 
 
 CONTROLS: tuple[Weighting, ...] = (
@@ -275,13 +288,14 @@ def controls(job: Job, settings: list[Setting]) -> Iterator[Any]:
 
 
 _LEARNED = ("MOL", *OURS)
-FURTHER: dict[Kind, dict[str, int]] = {
+FURTHER: dict[str, dict[str, int]] = {
     "image": dict.fromkeys(_LEARNED, 8) | dict.fromkeys(("MAML+CL", "OML"), 4),
     "video": dict.fromkeys(_LEARNED, 8) | dict.fromkeys(("OL", "MAML+CL", "OML"), 4),
     "audio": dict.fromkeys((*_LEARNED, "OL"), 2) | {"MAML+CL": 4},
     "views": dict.fromkeys(_LEARNED, 2),
+    "interleaved": dict.fromkeys((*_LEARNED, "OL"), 8),
 }
-"""How many times the budget's steps `causes` runs a method, by kind of signal."""
+"""How many times the budget's steps `causes` runs a method, by kind of signal or cut."""
 
 
 def causes(job: Job, settings: list[Setting]) -> Iterator[Any]:
@@ -292,31 +306,67 @@ def causes(job: Job, settings: list[Setting]) -> Iterator[Any]:
     figure beside it is that method's own.
     """
     for setting in settings[:1]:
-        kind, marks = DATASETS[setting.dataset].kind, job.budget.marks
-        like = paper_dataset(setting)
+        kind = DATASETS[setting.dataset].kind
         for table, metric in (("table1", "psnr"), ("table2", PERCEPTUAL[kind])):
-            if not paper_tables()[table].get(metric, {}).get(like):
+            paper = partial(paper_row, table, metric, paper_dataset(setting))
+            if not any(map(paper, METHODS)):
                 continue
-            for name, times in FURTHER[kind].items():
-                more = tuple(marks[-1] * 2**k for k in range(1, times.bit_length()))
-                longer = replace(job, budget=replace(job.budget, marks=marks + more))
-                paper = paper_row(table, metric, like, name)
-                row = make_row(longer, setting, name, metric, paper)
-                told = f"{name} (to {more[-1]} steps)"
-                yield {**row, "method": told, "of": name, "further": True}
+            yield from _longer(job, setting, metric, FURTHER[kind], paper)
             for name in OURS if kind != "views" else ():  # no run of a module falls there
                 smaller = _smaller_steps(job, setting, name)
                 if smaller is None:
                     continue
-                row = make_row(smaller, setting, name, metric, paper_row(table, metric, like, name))
+                row = make_row(smaller, setting, name, metric, paper(name))
                 told = f"{name} (step size {row['rate']:g})"
                 yield {**row, "method": told, "of": name, "further": False}
-            for name, (own, kinds, _, lam) in VARIANTS.items():
-                if kind in kinds:
-                    changed = replace(setting, lam=setting.lam if lam is None else lam)
-                    paper = paper_row(table, metric, like, own)
-                    row = make_row(job, changed, name, metric, paper)
-                    yield {**row, "of": own, "further": False}
+            yield from _variants(job, setting, metric, "table1", paper)
+
+
+def causes3(job: Job, settings: list[Setting]) -> Iterator[Any]:
+    """The same for table 3."""
+    for setting in settings[:1]:
+        cut = replace(setting, cut="interleaved")
+        for metric in ("psnr", PERCEPTUAL[DATASETS[setting.dataset].kind]):
+            paper = partial(paper_row, "table3", metric, paper_dataset(setting))
+            yield from _longer(job, cut, metric, FURTHER["interleaved"], paper)
+            yield from _variants(job, cut, metric, "table3", paper)
+
+
+def causes_of_cells(table: str, job: Job, settings: list[Setting]) -> Iterator[Any]:
+    """The same for each row of table 4 or 5; more steps there are in `causes`."""
+    for setting in settings[:1]:
+        for cell in CELLS[table](job, setting):
+            paper = {cell.method: cell.paper}.get
+            for row in _variants(job, cell.setting, "psnr", table, paper, cell.method):
+                yield row | cell.told
+
+
+Printed = Callable[[str], dict[str, Any] | None]
+
+
+def _longer(
+    job: Job, setting: Setting, metric: str, further: Mapping[str, int], paper: Printed
+) -> Iterator[Any]:
+    """Rows of methods that take several times the budget's steps."""
+    marks = job.budget.marks
+    for name, times in further.items():
+        more = tuple(marks[-1] * 2**k for k in range(1, times.bit_length()))
+        longer = replace(job, budget=replace(job.budget, marks=marks + more))
+        row = make_row(longer, setting, name, metric, paper(name))
+        told = f"{name} (to {more[-1]} steps)"
+        yield {**row, "method": told, "of": name, "further": True}
+
+
+def _variants(
+    job: Job, setting: Setting, metric: str, table: str, paper: Printed, of: str | None = None
+) -> Iterator[Any]:
+    """Rows of other readings of the methods, or of the one called `of`, that a table tries."""
+    kind = DATASETS[setting.dataset].kind
+    for name, variant in VARIANTS.items():
+        if kind in variant.kinds and table in variant.tables and of in (None, variant.own):
+            changed = setting if variant.lam is None else replace(setting, lam=variant.lam)
+            row = make_row(job, changed, name, metric, paper(variant.own))
+            yield {**row, "of": variant.own, "further": False}
 
 
 def _smaller_steps(job: Job, setting: Setting, name: str) -> Job | None:
@@ -370,11 +420,14 @@ def table7(job: Job, settings: list[Setting]) -> Iterator[Any]:
 TARGETS: dict[str, Callable[[Job, list[Setting]], Iterator[Any]]] = {
     "controls": controls,
     "causes": causes,
+    "causes3": causes3,
+    "causes4": partial(causes_of_cells, "table4"),
+    "causes5": partial(causes_of_cells, "table5"),
     "table1": _plain("table1", "psnr"),
     "table2": _plain("table2", "perceptual"),
     "table3": _plain("table3", "both", "interleaved"),
-    "table4": table4,
-    "table5": table5,
+    "table4": partial(of_cells, "table4"),
+    "table5": partial(of_cells, "table5"),
     "table6": table6,
     "table7": table7,
     "fig2": _plain("table1", "psnr"),
@@ -384,11 +437,20 @@ TARGETS: dict[str, Callable[[Job, list[Setting]], Iterator[Any]]] = {
     ),
 }
 
-ON_ONE = ("controls", "causes", "table4", "table5", "table6", "table7")
+CAUSES = {
+    "table1": "causes", "table2": "causes", "table3": "causes3", "table4": "causes4",
+    "table5": "causes5",
+}  # fmt: skip
+"""Where the tried causes of a table's disagreements are."""
+
+ON_ONE = ("controls", *dict.fromkeys(CAUSES.values()), "table4", "table5", "table6", "table7")
 """Targets about one data set, where none is named the first, or of the paper's kind."""
 
 KINDS: dict[str, tuple[Kind, ...]] = {
     "table3": ("image", "video"),
+    "causes3": ("image", "video"),
+    "causes4": ("views",),
+    "causes5": ("views",),
     "fig4": ("image", "video", "views"),
 }
 """Targets that are not for every kind of signal."""
@@ -457,7 +519,7 @@ def _datasets(target: str, asked: str | None, usual: Sequence[str]) -> list[str]
     names = [n for n in names if is_for(target, n)]
     if not names:
         raise ConfigError(f"{target} is for {', '.join(KINDS[target])} only, received {asked}")
-    if target in ("table4", "table5"):
+    if target in CELLS:
         names.sort(key=lambda n: DATASETS[n].kind != "views")
     return names[:1] if target in ON_ONE else names
 

@@ -24,7 +24,7 @@ from meta_trainer.config import TrainConfig, parse_config
 from meta_trainer.data import DATASETS, SAMPLE_RATE_HZ, Item, open_folder, open_items
 from meta_trainer.episodes import Cut, Episode
 from meta_trainer.evaluate import run_signal, try_rate
-from meta_trainer.methods import METHODS, VARIANTS, Learning, Method
+from meta_trainer.methods import METHODS, VARIANTS, Learning, Method, Modular
 from meta_trainer.ray_field import RayField, rows_of
 from meta_trainer.signals import cut_item
 from meta_trainer.trainer import load_init, train
@@ -268,6 +268,14 @@ def make_method(name: str, setting: Setting) -> Method:
     return method
 
 
+def fitting(setting: Setting, method: Method) -> Setting:
+    """The setting with the coordinates that a modular method gives tasks of this kind of signal."""
+    kind = DATASETS[setting.dataset].kind
+    if isinstance(method, Modular) and kind in method.own and setting.cut == "strips":
+        return replace(setting, cut="own")
+    return setting
+
+
 def load_episode(item: Item, setting: Setting, job: Job) -> Episode:
     """A signal cut into this setting's tasks, on the job's device."""
     budget = job.budget
@@ -295,6 +303,7 @@ def run_method(
     """
     held = {r["key"]: r for r in _lines(job.out / "runs.jsonl")}
     method, records = make_method(name, setting), []
+    setting = fitting(setting, method)
     rate, _ = chosen_rate(job, setting, name, method)
     for number, item in enumerate(test_items(job, setting)):
         digest = item.digest
@@ -346,6 +355,7 @@ def chosen_rate(
     Kept in `rates.jsonl`, where step sizes that are asked for later are added to those tried; those
     that the package knows are not tried again.
     """
+    setting = fitting(setting, method)
     alone, budget = _deciding(setting, name), job.budget
     key = _key(_without(budget, "search", "marks", *_BREADTH), alone, name)
     held = {line["key"]: line for line in _lines(job.out / "rates.jsonl")}

@@ -28,6 +28,7 @@ from meta_trainer.runs import (  # noqa: E402
     Job,
     Setting,
     budget_for,
+    fitting,
     make_method,
     shipped_path,
     shipped_start,
@@ -53,7 +54,8 @@ def main() -> int:
         job = Job(budget_for("cpu", dataset), asked.root, asked.out)
         for name in asked.methods:
             learned_on = DATASETS[dataset].starts or dataset
-            config = start_config(job, setting, make_method(name, setting), learned_on)
+            method = make_method(name, setting)
+            config = start_config(job, fitting(setting, method), method, learned_on)
             if shipped_start(config) is None:
                 print(dataset, name, flush=True)
                 path = shipped_path(config)

@@ -54,6 +54,25 @@ def test_audio_and_video_run_along_time() -> None:
     assert (v.coords[0, :, 0] < v.coords[1, :, 0].min()).all()
 
 
+def test_tasks_with_coordinates_of_their_own() -> None:
+    sound = np.linspace(-0.9, 0.9, 403).astype(np.float32)
+    clip = np.stack([picture() * k / 9 for k in range(9)])
+    for cutter, signal, part in (
+        (audio_episode, sound, (100,)),
+        (image_episode, picture(), (12, 4)),
+        (video_episode, clip, (2, 12, 16)),
+    ):
+        whole, own = cutter("x", signal), cutter("x", signal, cut="own")
+        assert torch.equal(own.values, whole.values) and torch.equal(own.order, whole.order)
+        for of_task, of_whole in zip(own.coords, whole.coords, strict=True):
+            torch.testing.assert_close(of_task, grid(part))
+            # The same places, stretched: a straight line on every axis.
+            low, high = of_whole.amin(0), of_whole.amax(0)
+            ends = grid(part).amin(0), grid(part).amax(0)
+            again = ends[0] + (of_whole - low) / (high - low) * (ends[1] - ends[0])
+            torch.testing.assert_close(of_task, again, atol=1e-5, rtol=0)
+
+
 def test_grid_by_hand() -> None:
     expected = [[-0.5, -2 / 3], [-0.5, 0], [-0.5, 2 / 3], [0.5, -2 / 3], [0.5, 0], [0.5, 2 / 3]]
     torch.testing.assert_close(grid((2, 3)), torch.tensor(expected))

@@ -157,6 +157,44 @@ def test_controls_sweep_lambda_and_start_alike(root: Path, out: Path) -> None:
     assert tests["none"]["curve"] == mod["curve"]
 
 
+def variants_of(kind: str, table: str) -> list[str]:
+    return [n for n, v in VARIANTS.items() if kind in v.kinds and table in v.tables]
+
+
+def test_causes_of_table_3_are_tried_on_its_tasks(root: Path, out: Path) -> None:
+    rows = reproduce.reproduce("causes3", dataset="faces", root=root, out=out)["rows"]
+    table = reproduce.reproduce("table3", dataset="faces", root=root, out=out)["rows"]
+    for metric in ("psnr", "ssim"):
+        plain = {r["method"]: r for r in table if r["metric"] == metric}
+        own = [r for r in rows if r["metric"] == metric]
+        longer = [r for r in own if r["further"]]
+        assert [r["of"] for r in longer] == ["MOL", *reproduce.OURS, "OL"]
+        assert all(r["curve"]["4"] == plain[r["of"]]["curve"]["4"] for r in longer)
+        assert [r["method"] for r in own if not r["further"]] == variants_of("image", "table3")
+        assert all(r["paper"] == plain[r["of"]]["paper"] for r in own)
+    write_report(out)
+    assert "order (`causes3`)" in (out / "report.md").read_text()
+    with pytest.raises(ConfigError, match="causes3 is for image, video only"):
+        reproduce.reproduce("causes3", dataset="speech", root=root, out=out)
+
+
+def test_modules_of_a_sound_have_coordinates_of_their_own(root: Path, out: Path) -> None:
+    setting = Setting("speech")
+    cuts = {n: runs.fitting(setting, m).cut for n, m in reproduce.METHODS.items()}
+    assert {n for n, cut in cuts.items() if cut == "own"} == set(reproduce.OURS)
+    pictures = (runs.fitting(Setting("faces"), m) for m in reproduce.METHODS.values())
+    assert all(s.cut == "strips" for s in pictures)
+    rows = reproduce.reproduce("causes", dataset="speech", root=root, out=out)["rows"]
+    table = reproduce.reproduce("table1", dataset="speech", root=root, out=out)["rows"]
+    whole = {r["of"]: r for r in rows if "whole" in r["method"] and r["metric"] == "psnr"}
+    assert list(whole) == list(reproduce.OURS)
+    plain = {r["method"]: r["curve"] for r in table}
+    assert all(r["curve"] != plain[name] for name, r in whole.items())
+    held = map(json.loads, (out / "runs.jsonl").read_text().splitlines())
+    cut = {r["method"]: r["cut"] for r in held if r["dataset"] == "speech"}
+    assert cut["Ours (mod)"] == "own" and cut["Ours (mod) (whole coordinates)"] == "strips"
+
+
 def test_causes_run_further_and_read_methods_otherwise(
     root: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,7 +221,7 @@ def test_causes_run_further_and_read_methods_otherwise(
     assert [r["of"] for r in smaller] == list(reproduce.OURS)
     assert all(r["rate"] < plain[r["of"]]["rate"] for r in smaller)
     others = [r for r in rows if r not in longer and r not in smaller]
-    assert [r["method"] for r in others] == [n for n, v in VARIANTS.items() if "image" in v.kinds]
+    assert [r["method"] for r in others] == variants_of("image", "table1")
     for row in others:
         own = plain[row["of"]]
         assert row["paper"] == own["paper"] and row["curve"] != own["curve"]
@@ -344,6 +382,12 @@ def test_explanations_name_the_changes_that_put_a_pair_in_order() -> None:
         "MOL / Ours (mod): in order with MOL (one task's batch) or both to 4 steps",
         "MOL / ER: not with any of 3 changes",
     ]
+    wide = [r | {"width": 9} for r in rows]
+    assert list(explanations(wide, tried, "d"))[0].endswith("not with any of 0 changes")
+    wider = [r | {"width": 9} for r in tried]
+    assert list(explanations(wide, wider, "d"))[0].startswith(
+        "MOL 9 width / Ours (mod) 9 width: in order with MOL (one task's batch) 9 width or"
+    )
     both = [*tried, changed("ER", "at once", 26)]
     assert list(explanations(rows, both, "d"))[1] == (
         "MOL / ER: in order with MOL (one task's batch) and ER (at once)"
@@ -517,6 +561,7 @@ def test_budgets_and_targets_are_the_issues() -> None:
         "fig4",
         "controls",
         "causes",
+        *(f"causes{k}" for k in (3, 4, 5)),
     }
     job = Job(BUDGETS["paper"], None, Path("x"))
     mim = job.learning(Setting("faces"), reproduce.METHODS["Ours (MIM)"])

@@ -359,6 +359,13 @@ def test_a_capture_folder_and_the_controls(root: Path, flight: Path, tmp_path: P
     mim = {r["method"]: r["curve"]["4"] for r in rows if r["of"] == "Ours (MIM)"}
     assert set(mim) == {"Ours (MIM) (to 8 steps)", "Ours (MIM) (lambda 0.01)"}
     assert len(set(mim.values())) == 2, "lambda counts"
+    rows = reproduce.reproduce("causes4", dataset="matrixcity", root=root, out=tmp_path)["rows"]
+    assert [(r["of"], r["width"]) for r in rows] == [("Ours (MIM)", 8), ("Ours (MIM)", 16)]
+    assert all(r["paper"] for r in rows)
+    rows = reproduce.reproduce("causes5", dataset="matrixcity", root=root, out=tmp_path)["rows"]
+    assert [(r["of"], r["tasks"]) for r in rows] == [
+        (name, tasks) for tasks in (5, 10) for name in ("Ours (mod)", *["Ours (MIM)"] * 2)
+    ]
     sums = reproduce.reproduce("table7", dataset="matrixcity", root=root, out=tmp_path)["rows"]
     assert sums[-1]["parameters"] == 4 * 698_372
     with pytest.raises(ConfigError, match="table3 is for image, video only"):
