@@ -293,7 +293,7 @@ FURTHER: dict[str, dict[str, int]] = {
     "video": dict.fromkeys(_LEARNED, 8) | dict.fromkeys(("OL", "MAML+CL", "OML"), 4),
     "audio": dict.fromkeys((*_LEARNED, "OL"), 2) | {"MAML+CL": 4},
     "views": dict.fromkeys(_LEARNED, 2),
-    "interleaved": dict.fromkeys((*_LEARNED, "OL"), 8),
+    "interleaved": dict.fromkeys((*_LEARNED, "OL"), 4),
 }
 """How many times the budget's steps `causes` runs a method, by kind of signal or cut."""
 
