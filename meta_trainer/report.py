@@ -287,7 +287,7 @@ def write_report(out: Path) -> tuple[Path, Path]:
         lines += _section(result, out, figures, stem)
         if causes := results.get(stem.replace(result["target"], CAUSES.get(result["target"], ""))):
             lines += _explained(result, causes)
-    lines += [*_rates(out / "rates.jsonl"), *_trainings()]
+    lines += [*step_sizes(out / "rates.jsonl"), *_trainings()]
     lines += ["## Discrepancies in the paper", "", *(f"- {d}" for d in DISCREPANCIES), ""]
     markdown = out / "report.md"
     markdown.write_text("\n".join(lines), encoding="utf-8")
@@ -308,7 +308,7 @@ def _read(path: Path) -> dict[str, Any]:
     return result
 
 
-def _rates(path: Path) -> Iterator[str]:
+def step_sizes(path: Path) -> Iterator[str]:
     """Every step size that was tried on validation signals, PSNR in dB; * marks the chosen one."""
     if not path.is_file():
         return
@@ -321,7 +321,7 @@ def _rates(path: Path) -> Iterator[str]:
     yield "|" + " --- |" * (len(rates) + 2)
     for line in lines:
         tried = {float(rate): psnr for rate, psnr in line["tried"].items()}
-        cells = [_tried(tried.get(rate), rate == line["rate"]) for rate in rates]
+        cells = [_tried(tried, rate, rate == line["rate"]) for rate in rates]
         yield "| " + " | ".join([line["dataset"], line["method"] + _how(line), *cells]) + " |"
     yield ""
 
@@ -338,10 +338,11 @@ def _how(line: Row) -> str:
     return "".join(f", {t}" for t in told)
 
 
-def _tried(psnr: float | None, chosen: bool) -> str:
-    if psnr is None:
+def _tried(tried: Mapping[float, float | None], rate: float, chosen: bool) -> str:
+    if rate not in tried:
         return "–"
-    told = f"{psnr:.2f}" if math.isfinite(psnr) else "diverged"
+    psnr = tried[rate]
+    told = "diverged" if psnr is None else f"{psnr:.2f}"
     return f"{told} *" if chosen else told
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,9 +79,10 @@ class SoundBudget(Budget):
     inner_rate: float = 1e-3
 
 
-SINGLE_SOUND = 0.3
-"""Outer step size of one wide network for sound against a module's: at the module's its weights
-grow sixfold within 1,000 steps, and it learns nothing more."""
+SLOW_SOUND = 0.3
+"""Outer step size for sound, of one wide network and of modules whose tasks have coordinates of
+their own, against a module's in the whole sound's: at that one their weights grow several times
+within 1,000 steps, and the start learns nothing more."""
 
 SHIPPED = Path(__file__).parent / "starts"
 """`<budget>/<name>.pt`: trained by `tools/make_starts.py`, used where their configuration is that
@@ -238,10 +240,11 @@ def start_config(job: Job, setting: Setting, method: Method, learned_on: str) ->
         weighting="diagonal" if method.start == "mim" else "none",
     )
     if isinstance(budget, SoundBudget):
+        slow = not method.modules or setting.cut == "own"
         return replace(
             config,
             seconds=DATASETS[learned_on].shape.samples / SAMPLE_RATE_HZ,
-            outer_rate=budget.outer_rate * (1 if method.modules else SINGLE_SOUND),
+            outer_rate=budget.outer_rate * (SLOW_SOUND if slow else 1),
             omega=budget.omega,
             first_omega=budget.first_omega,
             inner_rate=budget.inner_rate,
@@ -353,7 +356,8 @@ def chosen_rate(
     """This method's step size from the validation signals, and every one's figure.
 
     Kept in `rates.jsonl`, where step sizes that are asked for later are added to those tried; those
-    that the package knows are not tried again.
+    that the package knows are not tried again. One that diverged is worth minus infinity, null in
+    the file.
     """
     setting = fitting(setting, method)
     alone, budget = _deciding(setting, name), job.budget
@@ -363,7 +367,8 @@ def chosen_rate(
     if key in known and key not in held:
         held[key] = known[key]
         _append(job.out / "rates.jsonl", known[key])
-    tried: dict[str, float] = held[key]["tried"] if key in held else {}
+    found = held[key]["tried"] if key in held else {}
+    tried = {r: -math.inf if psnr is None else psnr for r, psnr in found.items()}
     if missing := [rate for rate in budget.search if f"{rate:g}" not in tried]:
         items = open_items(setting.dataset, "val", job.root)[: budget.search_signals]
         episodes = [load_episode(i, setting, job) for i in items]
@@ -374,7 +379,8 @@ def chosen_rate(
                 method, start, episodes, replace(how, rates=rate), budget.search_steps, 0
             )
             best = max(tried, key=lambda r: tried[r])
-            _append(job.out / "rates.jsonl", {**line, "rate": float(best), "tried": tried})
+            told = {r: psnr if math.isfinite(psnr) else None for r, psnr in tried.items()}
+            _append(job.out / "rates.jsonl", {**line, "rate": float(best), "tried": told})
     shown = {f"{rate:g}": tried[f"{rate:g}"] for rate in budget.search}
     return max(budget.search, key=lambda rate: shown[f"{rate:g}"]), shown
 

@@ -17,7 +17,7 @@ import soundfile
 import torch
 
 from mclnf_edge.errors import CaptureError, ConfigError
-from meta_trainer import evaluate, reproduce, runs
+from meta_trainer import evaluate, report, reproduce, runs
 from meta_trainer.config import parse_config
 from meta_trainer.data import DATASETS
 from meta_trainer.methods import METHODS, STARTS, VARIANTS
@@ -351,6 +351,18 @@ def test_a_wider_grid_tries_what_is_new_and_keeps_runs_of_the_same_step_size(
     assert keys[0] == keys[1] == keys[2] != keys[3]
     wide = json.loads((tmp_path / "rates.jsonl").read_text().splitlines()[-1])
     assert wide["tried"]["0.01"] > wide["tried"]["1e-09"] and wide["rate"] == 1e-2
+
+
+def test_a_step_size_that_diverges_is_kept_as_such(root: Path, tmp_path: Path) -> None:
+    budget = replace(runs.BUDGETS["smoke"], search=(1e-2, 1e9))
+    job, setting = Job(budget, root, tmp_path), Setting("faces")
+    for _ in range(2):
+        rate, tried = runs.chosen_rate(job, setting, "OL", runs.make_method("OL", setting))
+        assert rate == 1e-2 and tried["1e+09"] == -math.inf
+    lines = (tmp_path / "rates.jsonl").read_text()
+    assert lines.count("\n") == 2 and lines.count('"1e+09": null') == 1, "tried once"
+    assert "| faces | OL | " in (told := "\n".join(report.step_sizes(tmp_path / "rates.jsonl")))
+    assert "| diverged |" in told
 
 
 def test_a_diverged_run_has_no_mean() -> None:
