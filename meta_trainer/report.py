@@ -8,7 +8,6 @@ import html
 import io
 import itertools
 import json
-import math
 import mimetypes
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
