@@ -18,18 +18,11 @@ import torch
 
 from mclnf_edge.errors import CaptureError, ConfigError
 from meta_trainer import evaluate, report, reproduce, runs
+from meta_trainer.agreement import agreement, endings, explanations, falls
 from meta_trainer.config import parse_config
 from meta_trainer.data import DATASETS
 from meta_trainer.methods import METHODS, STARTS, VARIANTS
-from meta_trainer.report import (
-    agreement,
-    as_text,
-    endings,
-    explanations,
-    falls,
-    row_label,
-    write_report,
-)
+from meta_trainer.report import as_text, row_label, write_report
 from meta_trainer.reproduce import TARGETS
 from meta_trainer.runs import BUDGETS, Job, Setting
 from meta_trainer.trainer import load_init
