@@ -7,11 +7,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from meta_trainer.evaluate import bootstrap, worst_fall
+from meta_trainer.methods import AT_ONCE
+from meta_trainer.runs import Setting
 
 Row = Mapping[str, Any]
 
 _TOLD = ("width", "tasks")
 """What tells a table's rows of one method apart."""
+
+TASKS = Setting("").tasks
+"""Of a row that does not say how many."""
 
 
 class Pair(NamedTuple):
@@ -105,23 +110,37 @@ def _tries(pair: Pair, tried: Sequence[Row]) -> list[Try]:
 
     Those are compared by the best that each has within the steps that both took.
     """
-    ways = [
-        [own, *(r for r in tried if _is_of(r, own) and not r["further"])]
-        for own in (pair.a, pair.b)
-    ]
+    ways = [_ways(pair.a, pair.b, tried), _ways(pair.b, pair.a, tried)]
     found = []
     for a, b in itertools.product(*ways):
         told = tuple(named(r) for r in (a, b) if "of" in r)
         found.append(Try(told, a["best"] - b["best"], undecided(a, b)))
-    longer = [
-        next((r for r in tried if _is_of(r, own) and r["further"]), None)
-        for own in (pair.a, pair.b)
-    ]
+    longer = [_longer(own, tried) for own in (pair.a, pair.b)]
     if longer[0] is not None and longer[1] is not None:
         steps = min(int(list(row["curve"])[-1]) for row in longer if row)
         difference = _best_to(longer[0], steps) - _best_to(longer[1], steps)
         found.append(Try((f"both to {steps} steps",), difference, False))
     return found[1:]  # the first is the pair as it is
+
+
+def _ways(own: Row, other: Row, tried: Sequence[Row]) -> list[Row]:
+    """A row, its changes, and itself after as many steps of a network as the other takes in all.
+
+    The last where that one's network goes through the tasks in turn and this one's does not.
+    """
+    found = [own, *(r for r in tried if _is_of(r, own) and not r["further"])]
+    if (longer := _longer(own, tried)) and own["method"] in AT_ONCE:
+        steps = own.get("tasks", TASKS) * int(list(own["curve"])[-1])
+        if other["method"] not in AT_ONCE and str(steps) in longer["curve"]:
+            told = f"{own['method']} (to {steps} steps, as many of a network as {other['method']})"
+            best = _best_to(longer, steps)
+            found.append({"method": told, "of": own["method"], "best": best})
+    return found
+
+
+def _longer(own: Row, tried: Sequence[Row]) -> Row | None:
+    """The row of a method's more steps, if it was tried."""
+    return next((r for r in tried if _is_of(r, own) and r["further"]), None)
 
 
 def _is_of(tried: Row, own: Row) -> bool:

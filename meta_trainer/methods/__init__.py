@@ -26,6 +26,10 @@ METHODS: dict[str, Method] = {
 }
 """By the name the paper's tables use."""
 
+AT_ONCE = frozenset(n for n, m in METHODS.items() if isinstance(m, Offline | Modular))
+"""Methods whose k steps per task are k steps of a network; the others meet T tasks in turn, and
+take T k steps of their one network."""
+
 
 class Variant(NamedTuple):
     """Another reading of the method called `own`, for data sets of these kinds.
@@ -83,5 +87,6 @@ STARTS: dict[str, str] = {m.start: name for name, m in METHODS.items() if m.star
 """Which method each kind of learned start is trained for."""
 
 __all__ = [
-    "METHODS", "STARTS", "VARIANTS", "Learning", "Method", "Modular", "Variant", "predict",
+    "AT_ONCE", "METHODS", "STARTS", "VARIANTS",
+    "Learning", "Method", "Modular", "Variant", "predict",
 ]  # fmt: skip

@@ -369,7 +369,7 @@ def test_a_diverged_run_has_no_mean() -> None:
 def test_explanations_name_the_changes_that_put_a_pair_in_order() -> None:
     def row(method: str, best: float, paper: float) -> dict[str, object]:
         return {"dataset": "d", "method": method, "metric": "psnr", "best": best,
-                "paper": {"best": paper}}  # fmt: skip
+                "paper": {"best": paper}, "curve": {"1": 0, "8": best}}  # fmt: skip
 
     def changed(of: str, what: str, best: float) -> dict[str, object]:
         return {"method": f"{of} ({what})", "of": of, "further": False, "best": best,
@@ -387,6 +387,10 @@ def test_explanations_name_the_changes_that_put_a_pair_in_order() -> None:
         "MOL / Ours (mod): in order with MOL (one task's batch) or both to 4 steps",
         "MOL / ER: not with any of 3 changes",
     ]
+    short = [r | {"curve": {"1": r["best"]}} for r in rows]
+    assert list(explanations(short, tried, "d"))[1] == (
+        "MOL / ER: in order with MOL (to 4 steps, as many of a network as ER)"
+    )
     wide = [r | {"width": 9} for r in rows]
     assert list(explanations(wide, tried, "d"))[0].endswith("not with any of 0 changes")
     wider = [r | {"width": 9} for r in tried]
