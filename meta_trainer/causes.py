@@ -10,7 +10,7 @@ from typing import Any
 from meta_trainer.data import DATASETS
 from meta_trainer.evaluate import PERCEPTUAL
 from meta_trainer.methods import METHODS, VARIANTS
-from meta_trainer.rows import CELLS, OURS, make_row, paper_dataset, paper_row
+from meta_trainer.rows import CASES, OURS, make_row, paper_dataset, paper_row
 from meta_trainer.runs import Job, Setting, chosen_rate, make_method
 
 CAUSES = {
@@ -64,13 +64,13 @@ def causes3(job: Job, settings: list[Setting]) -> Iterator[Any]:
             yield from _variants(job, cut, metric, "table3", paper)
 
 
-def causes_of_cells(table: str, job: Job, settings: list[Setting]) -> Iterator[Any]:
+def causes_of_cases(table: str, job: Job, settings: list[Setting]) -> Iterator[Any]:
     """The same for each row of table 4 or 5; more steps there are in `causes`."""
     for setting in settings[:1]:
-        for cell in CELLS[table](job, setting):
-            paper = {cell.method: cell.paper}.get
-            for row in _variants(job, cell.setting, "psnr", table, paper, cell.method):
-                yield row | cell.told
+        for case in CASES[table](job, setting):
+            paper = {case.method: case.paper}.get
+            for row in _variants(job, case.setting, "psnr", table, paper, case.method):
+                yield row | case.told
 
 
 Printed = Callable[[str], dict[str, Any] | None]

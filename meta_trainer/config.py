@@ -76,6 +76,11 @@ class TrainConfig:
         for name in ("inner_rate", "outer_rate", "damping", "cap", "omega", "seconds"):
             _positive(name, getattr(self, name))
         _positive("checkpoint_every", self.checkpoint_every)
+        if self.cut == "own" and self.start not in ("mod", "mim"):
+            raise ConfigError(
+                f"cut: own needs start: mod or mim, received {self.start}: one network could not "
+                "tell its tasks apart"
+            )
         if self.learned_rates != "none" and self.order != "second":
             raise ConfigError(
                 f"learned_rates: {self.learned_rates} needs order: second, received {self.order}"

@@ -25,7 +25,7 @@ from mclnf_edge import __version__
 from mclnf_edge.errors import ConfigError
 from mclnf_edge.maths.adaptation import Weighting
 from mclnf_edge.maths.fields import NerfMlp, Siren, count, plain_count
-from meta_trainer.causes import CAUSES, causes, causes3, causes_of_cells
+from meta_trainer.causes import CAUSES, causes, causes3, causes_of_cases
 from meta_trainer.cost import measure_cost
 from meta_trainer.data import DATASETS, Kind, open_items
 from meta_trainer.episodes import Cut
@@ -34,7 +34,7 @@ from meta_trainer.evaluate import (
 )
 from meta_trainer.methods import METHODS
 from meta_trainer.rows import (
-    CELLS,
+    CASES,
     KEYS,
     OURS,
     PAPER_BLOCKS,
@@ -86,11 +86,11 @@ def _plain(
     )
 
 
-def of_cells(table: str, job: Job, settings: list[Setting]) -> Iterator[Any]:
+def of_cases(table: str, job: Job, settings: list[Setting]) -> Iterator[Any]:
     """Rows of table 4 or 5; the paper's figures are for MatrixCity."""
     for setting in settings[:1]:
-        for cell in CELLS[table](job, setting):
-            yield make_row(job, cell.setting, cell.method, "psnr", cell.paper) | cell.told
+        for case in CASES[table](job, setting):
+            yield make_row(job, case.setting, case.method, "psnr", case.paper) | case.told
 
 
 CONTROLS: tuple[Weighting, ...] = (
@@ -174,13 +174,13 @@ TARGETS: dict[str, Callable[[Job, list[Setting]], Iterator[Any]]] = {
     "controls": controls,
     "causes": causes,
     "causes3": causes3,
-    "causes4": partial(causes_of_cells, "table4"),
-    "causes5": partial(causes_of_cells, "table5"),
+    "causes4": partial(causes_of_cases, "table4"),
+    "causes5": partial(causes_of_cases, "table5"),
     "table1": _plain("table1", "psnr"),
     "table2": _plain("table2", "perceptual"),
     "table3": _plain("table3", "both", "interleaved"),
-    "table4": partial(of_cells, "table4"),
-    "table5": partial(of_cells, "table5"),
+    "table4": partial(of_cases, "table4"),
+    "table5": partial(of_cases, "table5"),
     "table6": table6,
     "table7": table7,
     "fig2": _plain("table1", "psnr"),
@@ -266,7 +266,7 @@ def _datasets(target: str, asked: str | None, usual: Sequence[str]) -> list[str]
     names = [n for n in names if is_for(target, n)]
     if not names:
         raise ConfigError(f"{target} is for {', '.join(KINDS[target])} only, received {asked}")
-    if target in CELLS:
+    if target in CASES:
         names.sort(key=lambda n: DATASETS[n].kind != "views")
     return names[:1] if target in ON_ONE else names
 

@@ -111,13 +111,9 @@ def provenance(job: Job) -> dict[str, str]:
     }
 
 
+@cache
 def paper_tables() -> dict[str, Any]:
     """The published figures (`paper_tables.yaml`)."""
-    return _paper()
-
-
-@cache
-def _paper() -> dict[str, Any]:
     text = (Path(__file__).parent / "paper_tables.yaml").read_text(encoding="utf-8")
     tables: dict[str, Any] = yaml.safe_load(text)
     return tables
@@ -147,7 +143,7 @@ def paper_curve(table: str, setting: Setting, key: str) -> dict[str, Any] | None
     }
 
 
-class Cell(NamedTuple):
+class Case(NamedTuple):
     """A row of table 4 or 5: a method, its setting, the column it is told by, the paper's row."""
 
     method: str
@@ -156,7 +152,7 @@ class Cell(NamedTuple):
     paper: dict[str, Any] | None
 
 
-def table4_cells(job: Job, setting: Setting) -> Iterator[Cell]:
+def table4_cases(job: Job, setting: Setting) -> Iterator[Case]:
     """mod and MIM at one and two module widths.
 
     The paper's first row's step 1 and MIM's are those of B5 in Table 1.
@@ -164,14 +160,14 @@ def table4_cells(job: Job, setting: Setting) -> Iterator[Cell]:
     for widen, name in product((1, 2), OURS):
         paper = paper_curve("table4", setting, name.replace(")", f"; {256 * widen})"))
         width = job.budget.width // 2 * widen
-        yield Cell(name, replace(setting, widen=widen), {"width": width}, paper)
+        yield Case(name, replace(setting, widen=widen), {"width": width}, paper)
 
 
-def table5_cells(job: Job, setting: Setting) -> Iterator[Cell]:
+def table5_cases(job: Job, setting: Setting) -> Iterator[Case]:
     """mod and MIM with 5 and 10 tasks."""
     for tasks, name in product((5, 10), OURS):
         paper = paper_curve("table5", setting, f"{name}; {tasks} tasks")
-        yield Cell(name, replace(setting, tasks=tasks), {"tasks": tasks}, paper)
+        yield Case(name, replace(setting, tasks=tasks), {"tasks": tasks}, paper)
 
 
-CELLS = {"table4": table4_cells, "table5": table5_cells}
+CASES = {"table4": table4_cases, "table5": table5_cases}

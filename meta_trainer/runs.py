@@ -272,11 +272,13 @@ def make_method(name: str, setting: Setting) -> Method:
 
 
 def fitting(setting: Setting, method: Method) -> Setting:
-    """The setting with the coordinates that a modular method gives tasks of this kind of signal."""
-    kind = DATASETS[setting.dataset].kind
-    if isinstance(method, Modular) and kind in method.own and setting.cut == "strips":
-        return replace(setting, cut="own")
-    return setting
+    """The setting with the coordinates that a modular method gives tasks of this kind of signal.
+
+    Where a module has several tasks, they keep those of the whole signal, which tell them apart.
+    """
+    kind, alone = DATASETS[setting.dataset].kind, method.modules >= setting.tasks
+    own = isinstance(method, Modular) and kind in method.own and alone
+    return replace(setting, cut="own") if own and setting.cut == "strips" else setting
 
 
 def load_episode(item: Item, setting: Setting, job: Job) -> Episode:

@@ -177,6 +177,9 @@ def test_modules_of_a_sound_have_coordinates_of_their_own(root: Path, out: Path)
     assert {n for n, cut in cuts.items() if cut == "own"} == set(reproduce.OURS)
     pictures = (runs.fitting(Setting("faces"), m) for m in reproduce.METHODS.values())
     assert all(s.cut == "strips" for s in pictures)
+    for modules, cut in ((1, "strips"), (2, "strips"), (4, "own"), (8, "own")):
+        several = replace(setting, modules=modules)
+        assert runs.fitting(several, runs.make_method("Ours (mod)", several)).cut == cut
     rows = reproduce.reproduce("causes", dataset="speech", root=root, out=out)["rows"]
     table = reproduce.reproduce("table1", dataset="speech", root=root, out=out)["rows"]
     whole = {r["of"]: r for r in rows if "whole" in r["method"] and r["metric"] == "psnr"}
@@ -471,7 +474,7 @@ def test_report_has_tables_curves_and_panels(root: Path, out: Path) -> None:
         reproduce.reproduce(target, dataset="faces", root=root, out=out)
     narrow = {"key": "k", "method": "OL", **asdict(Setting("faces", cut="interleaved"))}
     narrow |= {"rate": 0.1, "tried": {"0.1": 10.0}}
-    wide = {**narrow, "rate": 0.01, "tried": {"0.01": 20.0, "0.1": -math.inf}}
+    wide = {**narrow, "rate": 0.01, "tried": {"0.01": 20.0, "0.1": None}}
     (out / "rates.jsonl").write_text(json.dumps(narrow) + "\n" + json.dumps(wide) + "\n")
     page, markdown = write_report(out)
     text = markdown.read_text()

@@ -306,6 +306,8 @@ def test_settings_are_checked(tmp_path: Path) -> None:
         config(tmp_path, inner_rate=-1)
     with pytest.raises(ConfigError, match="needs order: second"):
         config(tmp_path, order="first", learned_rates="meta-sgd")
+    with pytest.raises(ConfigError, match="cut: own needs start: mod or mim, received oml"):
+        config(tmp_path, start="oml", cut="own")
     with pytest.raises(ConfigError, match="adam needs order: first or reptile"):
         config(tmp_path, stepping="adam")
     assert config(tmp_path, stepping="adam", order="reptile").rule.stepping == "adam"
