@@ -127,7 +127,7 @@ def test_a_sound_is_mapped_and_a_span_rendered(tmp_path: Path) -> None:
         tmp_path / "a.wav",
         tmp_path / "b.wav",
     )
-    daemon.config.write_text(CONFIG)
+    daemon.config.write_text(CONFIG.replace("steps: 32", "steps: 64"))
     t = np.arange(4 * 16_000) / 16_000
     file.write_bytes(encode_wav(np.asarray(0.3 * np.sin(2 * np.pi * 200 * t), np.float32), 16_000))
     daemon.start()
@@ -143,7 +143,7 @@ def test_a_sound_is_mapped_and_a_span_rendered(tmp_path: Path) -> None:
         code, out, _ = command("eval", str(file), "--json", *to)
         report = json.loads(out)
         silence = -10 * np.log10(0.3**2 / 2 / 4)
-        assert code == 0 and report["psnr"] > silence + 3
+        assert code == 0 and report["psnr"] > silence + 10
         assert {m["state"] for m in report["modules"]} == {"closed"} and len(report["modules"]) > 1
         assert daemon.stop() == 0
     finally:
