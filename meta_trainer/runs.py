@@ -277,7 +277,7 @@ def fitting(setting: Setting, method: Method) -> Setting:
     Where a module has several tasks, they keep those of the whole signal, which tell them apart.
     """
     kind, alone = DATASETS[setting.dataset].kind, method.modules >= setting.tasks
-    own = isinstance(method, Modular) and kind in method.own and alone
+    own = isinstance(method, Modular) and kind in method.own_coordinates and alone
     return replace(setting, cut="own") if own and setting.cut == "strips" else setting
 
 

@@ -1,8 +1,8 @@
 """What the shipped initializations are worth: `python tools/table_inits.py [MODALITY ...]`.
 
 Modules of held-out signals learn under the daemon's own rule (its mapper, its default settings)
-for 1, 4, 16, 64 and 256 steps each, from the shipped initialization and from a random network of
-the same shape, and what they show is compared with the signal. Writes table_inits.json.
+for 1, 4, 16, 64 and 256 steps each (`--steps`), from the shipped initialization and from a random
+network of the same shape, and what they show is compared with the signal. Writes table_inits.json.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ def main() -> int:
     parser.add_argument("--init", type=Path, help="another one than the shipped")
     parser.add_argument("--lr", default=SignalsConfig().lr, type=_rate)
     parser.add_argument("--weighting", default=SignalsConfig().weighting)
+    parser.add_argument("--split", default="test", choices=("val", "test"))
+    parser.add_argument("--steps", nargs="+", type=int, default=STEPS)
     parser.add_argument("--out", type=Path, default=ROOT / "tools" / "results" / "table_inits.json")
     asked = parser.parse_args()
     rows, inits = [], {}
@@ -51,15 +54,21 @@ def main() -> int:
         assert isinstance(init, SignalInitialization)
         inits[modality] = init_facts(init)
         for dataset in HELD_OUT[modality]:
-            paths = [item.path for item in open_items(dataset, "test")]
+            paths = [item.path for item in open_items(dataset, asked.split)]
             for path in paths[:: max(len(paths) // SIGNALS, 1)][:SIGNALS]:
                 rows += [
                     {"modality": modality, "dataset": dataset, "signal": path.name, "start": name}
                     | measure(path, start, asked)
                     for name, start in (("init", init), ("random", random_start(init)))
                 ]
-        report(rows, modality)
-    protocol = {"inits": inits, "steps": STEPS, "lr": asked.lr, "weighting": asked.weighting}
+        report(rows, modality, asked.steps)
+    protocol = {
+        "inits": inits,
+        "split": asked.split,
+        "steps": asked.steps,
+        "lr": asked.lr,
+        "weighting": asked.weighting,
+    }
     protocol |= {"random_start_seed": RANDOM_SEED, "signals": SIGNALS}
     save(asked.out, {"protocol": protocol, "rows": rows})
     return 0
@@ -79,7 +88,7 @@ def measure(path: Path, init: SignalInitialization, asked: argparse.Namespace) -
     signal = open_signal(str(path), 25.0)
     assert signal is not None
     out = {}
-    for steps in STEPS:
+    for steps in asked.steps:
         rule = SignalsConfig(steps=steps, lr=asked.lr, weighting=asked.weighting)
         mapper = SignalMapper(ServeConfig(signals=rule), init, _no_recall)
         for i, piece in enumerate(signal.pieces()):
@@ -106,12 +115,12 @@ def quality(mapper: SignalMapper, signal: SignalFile) -> float:
     return psnr(np.stack([render_picture(mapper, key, t).rgb for t in moments]), np.stack(frames))
 
 
-def report(rows: list[dict[str, Any]], modality: str) -> None:
+def report(rows: list[dict[str, Any]], modality: str, steps: Sequence[int]) -> None:
     """Means over signals."""
     for dataset in HELD_OUT[modality]:
         for start in ("init", "random"):
             own = [r["psnr"] for r in rows if (r["dataset"], r["start"]) == (dataset, start)]
-            told = "  ".join(f"{statistics.mean(p[str(k)] for p in own):6.2f}" for k in STEPS)
+            told = "  ".join(f"{statistics.mean(p[str(k)] for p in own):6.2f}" for k in steps)
             print(f"{modality:6} {dataset:14} {start:7} {told}", flush=True)
 
 

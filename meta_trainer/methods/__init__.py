@@ -48,7 +48,6 @@ class Variant(NamedTuple):
 _PICTURES = ("image", "video")
 _SIGNALS = (*_PICTURES, "audio")
 _BOTH = ("table1", "table3")
-_WHOLE: frozenset[str] = frozenset()
 VARIANTS: dict[str, Variant] = {
     v.method.name: v
     for v in (
@@ -66,7 +65,10 @@ VARIANTS: dict[str, Variant] = {
         Variant("OML", ("views",), Sequential("OML (top 6 layers)", "oml", top=6)),
         Variant("OML", ("views",), Sequential("OML (top 9 layers)", "oml", top=9)),
         *(
-            Variant(own, ("audio",), Modular(f"{own} (whole coordinates)", start, own=_WHOLE))
+            Variant(
+                own, ("audio",),
+                Modular(f"{own} (whole coordinates)", start, own_coordinates=frozenset()),
+            )
             for own, start in (("Ours (mod)", "mod"), ("Ours (MIM)", "mim"))
         ),
         Variant(

@@ -36,15 +36,15 @@ def stages(x: Tensor, modules: int) -> Tensor:
 class Modular:
     """The sample weighting of `how.rule` makes the difference between (mod) and (MIM).
 
-    Of signals of the kinds in `own` each task has coordinates of its own: a part of a sound,
-    stretched to [-1, 1], is slow enough for a module to follow (docs/experiments.md). All modules
-    together see as many samples in a step as `batches` tasks have (0: each those of a task).
+    Of signals of the kinds in `own_coordinates` each task has such: a part of a sound, stretched to
+    [-1, 1], is slow enough for a module to follow (docs/experiments.md). All modules together see
+    as many samples in a step as `batches` tasks have (0: each those of a task).
     """
 
     name: str
     start: str
     modules: int = 4
-    own: frozenset[str] = frozenset({"audio"})
+    own_coordinates: frozenset[str] = frozenset({"audio"})
     batches: int = 0
 
     def learn(
@@ -58,7 +58,7 @@ class Modular:
         after_task: AfterTask | None = None,
     ) -> list[Params]:
         """See `Method`; the results are stacked modules."""
-        if self.batches:
+        if self.batches and how.batch:
             how = replace(how, batch=max(1, how.batch * self.batches // self.modules))
         coords = stages(episode.coords, self.modules)
         values = stages(episode.values, self.modules)

@@ -114,6 +114,17 @@ def test_mim_weights_samples_and_equals_mod_at_lambda_zero() -> None:
     assert (weighted["1.w"] - plain["1.w"]).abs().max() > 1e-5
 
 
+def test_modules_can_share_the_samples_of_fewer_tasks() -> None:
+    def learned(how: Learning, **given: int) -> Params:
+        (end,) = Modular("m", "mod", **given).learn(start(), episode(), [3], how, gen())
+        return end
+
+    half = learned(replace(HOW, batch=4))
+    assert_same(learned(replace(HOW, batch=8), batches=2), half)
+    assert not torch.equal(learned(replace(HOW, batch=8))["0.w"], half["0.w"])
+    assert_same(learned(replace(HOW, batch=0), batches=2), learned(replace(HOW, batch=0)))
+
+
 @pytest.mark.parametrize("modules", [1, 2, 8])
 def test_modules_and_tasks_in_other_numbers(modules: int) -> None:
     e = episode()
