@@ -38,9 +38,12 @@ _SMALL, _LARGE = 0.08, 1.0
 NEAREST = 0.1
 """Metres before a camera's plane from which on a point can be seen."""
 
-NO_VIEWS = 0.3
+NO_VIEWS = 0.22
 """Cost of a point that fewer than two pictures see: less than that of pictures that differ, else
 ground at the edge of what was seen sinks to where a second picture would see it."""
+
+AGREEING = 3
+"""Pictures that together tell how high a place is, though it lies at the edge of each."""
 
 
 def normalised(image: U8) -> F32:
@@ -222,11 +225,12 @@ def _visible(x, y, z, eye, raster, x0, y0, inverse, top, slack):
 
 @njit(**JIT)
 def visibility(xs, ys, raster, x0, y0, inverse, slack, highest, masks, P, eyes, seen):
-    """seen (N, ny, nx): 1 where picture i sees the surface at (xs, ys), unmasked and unhidden.
+    """seen (N, ny, nx): how surely picture i sees the surface at (xs, ys), unmasked and unhidden.
 
-    `masks` (N, H, W) uint8, 0 = ignore; `slack` metres of height are forgiven. A place at a
-    picture's edge counts only if it would be inside at the `highest` ground around, too: a tree
-    that stands there, and that no other picture tells, hides what lies behind it.
+    0 not, 1 if the surface is where the raster has it, 2 if it would be inside the picture at the
+    `highest` ground around, too: what stands at a picture's edge hides what lies behind it, and how
+    high it is no single picture tells. `masks` (N, H, W) uint8, 0 = ignore; `slack` metres of
+    height are forgiven.
     """
     count, h, w = masks.shape
     top = raster.max()
@@ -238,17 +242,27 @@ def visibility(xs, ys, raster, x0, y0, inverse, slack, highest, masks, P, eyes, 
                 seen[i, jy, jx] = 0
                 if not _inside(u, v, q, w, h) or masks[i, int(v), int(u)] == 0:
                     continue
-                if highest > z and not _inside(*_pixel(P, i, xs[jx], ys[jy], highest), w, h):
-                    continue
                 if _visible(xs[jx], ys[jy], z, eyes[i], raster, x0, y0, inverse, top, slack):
-                    seen[i, jy, jx] = 1
+                    above = max(highest, z)
+                    sure = _inside(*_pixel(P, i, xs[jx], ys[jy], above), w, h)
+                    seen[i, jy, jx] = 2 if sure else 1
+
+
+def count_views(seen: U8) -> tuple[U8, U8]:
+    """How many pictures know a place (ny, nx), and which do (N, ny, nx), of `visibility`'s `seen`.
+
+    Those that surely see it, or all that see it if AGREEING of them do: then they tell its height.
+    """
+    agreed = (seen > 0).sum(0) >= AGREEING
+    which = ((seen == 2) | (agreed & (seen > 0))).astype(np.uint8)
+    return which.sum(0).astype(np.uint8), which
 
 
 @njit(**JIT)
 def paint(xs, ys, raster, x0, y0, inverse, seen, images, P, gains, color):
     """Mean exposure-corrected colour (ny, nx, 3) in [0, 1] of the surface at (xs, ys).
 
-    `seen` (N, m, m) from `visibility` over the same square, `images` (N, H, W, 3) uint8, `gains`
+    `seen` (N, m, m) from `count_views` over the same square, `images` (N, H, W, 3) uint8, `gains`
     (N, 3). Near views count more, with 1 / depth^4: a low pass keeps its detail when a high one
     joins it. Where nobody saw the surface the colour is 0.45.
     """

@@ -266,6 +266,13 @@ class Structure:
         out[~np.isfinite(out)] = fallback
         return out, (ix - 1) * edge, (iy - 1) * edge, RASTER / edge
 
+    def _high_ground(self, cell: Cell) -> np.float32:
+        """Height in metres of the highest ground in a swept cell and its swept neighbours."""
+        level, ix, iy = cell
+        near = [(level, ix + dx, iy + dy) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+        swept = [self.rasters[c] for c in near if c in self.rasters]
+        return np.float32(np.percentile(np.stack(swept), _HIGH_GROUND))
+
     def fit_exposures(
         self, cells: list[Cell], frames: list[HeldFrame], pause: Pause = lambda: None
     ) -> None:
@@ -313,9 +320,9 @@ class Structure:
 
         seen = np.zeros((len(views), SURFACE, SURFACE), np.uint8)
         at = (nodes(SURFACE, x0), nodes(SURFACE, y0))
-        highest = np.float32(np.percentile(raster, _HIGH_GROUND))
+        highest = self._high_ground(module.cell)
         surface.visibility(*at, raster, *grid, slack, highest, masks, P, eyes, seen)
-        pool.seen[s] = seen.sum(0)
+        pool.seen[s], seen = surface.count_views(seen)
         if len(layout.planes):
             fine = int(layout.planes[0, 2])
             color = np.zeros((fine, fine, 3), np.float32)

@@ -210,7 +210,7 @@ def test_visibility_is_what_rays_meet() -> None:
     assert len(hidden) > 50 and np.mean(hidden) < 0.05
 
 
-def test_a_place_counts_only_if_higher_ground_there_were_inside_too() -> None:
+def test_a_place_is_surely_seen_only_if_higher_ground_there_were_inside_too() -> None:
     """Against points projected one by one, at the ground and 3 m above it."""
     seen = pictures(Ground(0.0))
     raster, grid = true_raster(Ground(0.0))
@@ -225,8 +225,16 @@ def test_a_place_counts_only_if_higher_ground_there_were_inside_too() -> None:
     q = np.stack([x, y, 0 * x + 3, 0 * x + 1]).T @ seen["P"].astype(np.float64).transpose(0, 2, 1)
     u, v = q[..., 0] / q[..., 2] - 0.5, q[..., 1] / q[..., 2] - 0.5
     inside = ((q[..., 2] > 0) & (u >= 0) & (v >= 0) & (u < w - 1) & (v < h - 1)).reshape(n, 20, 20)
-    assert (found[1] == (found[0] > 0) & inside).mean() > 0.999
-    assert 0.02 < np.mean(found[0] != found[1]) < 0.9
+    assert ((found[0] > 0) == (found[1] > 0)).all() and (found[0] != 1).all()
+    assert ((found[1] == 2) == (found[0] > 0) & inside).mean() > 0.999
+    assert 0.02 < np.mean(found[1] == 1) < 0.9
+
+
+def test_a_place_is_known_to_those_who_see_it_surely_or_to_three_who_agree() -> None:
+    seen = np.array([[0, 1, 1, 1, 2], [0, 0, 1, 1, 0], [0, 0, 0, 1, 1]], np.uint8)[:, None]
+    count, which = surface.count_views(seen)
+    assert count.tolist() == [[0, 0, 0, 3, 1]]
+    assert which[:, 0].tolist() == [[0, 0, 0, 1, 1], [0, 0, 0, 1, 0], [0, 0, 0, 1, 0]]
 
 
 def test_paint_is_the_exposure_corrected_texture() -> None:

@@ -10,9 +10,9 @@ import pytest
 
 pytest.importorskip("numba")
 
-from mclnf_edge.captures import open_capture  # noqa: E402
+from mclnf_edge.captures import Capture, open_capture  # noqa: E402
 from mclnf_edge.errors import CaptureError, MclnfError  # noqa: E402
-from mclnf_edge.types import Camera, Frame  # noqa: E402
+from mclnf_edge.types import Camera, Frame, WorldFrame  # noqa: E402
 from tools import (  # noqa: E402
     bench_init,
     bench_live,
@@ -213,21 +213,32 @@ def test_a_stream_of_another_protocol_or_other_marks_is_run_again(
 def test_shares_of_the_unknown_are_measured_once_and_say_what_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ran: list[int] = []
+    flown: list[str] = []
+    ran: list[tuple[int, int]] = []
 
-    def figures(path: Path, steps: int, known_views: int) -> dict[str, object]:
-        ran.append(known_views)
-        return {"capture": path.name, "known_views": known_views, "steps": steps}
+    def fly(path: Path, steps: int) -> bench_unknown.Flight:
+        flown.append(path.name)
+        return bench_unknown.Flight(path.name, Capture("", "", WorldFrame(), []), [], [], [[], []])
+
+    def figures(
+        flight: bench_unknown.Flight, block: int, steps: int, known_views: int
+    ) -> dict[str, object]:
+        ran.append((block, known_views))
+        return {"capture": flight.name, "block": block, "of_blocks": len(flight.blocks),
+                "known_views": known_views, "steps": steps}  # fmt: skip
 
     out = tmp_path / "unknown.json"
-    out.write_text(json.dumps([figures(Path("a"), 150, 1)]))
+    out.write_text(json.dumps([figures(fly(Path("a"), 150), 0, 150, 1)]))
     ran.clear()
+    flown.clear()
+    monkeypatch.setattr(bench_unknown, "fly", fly)
     monkeypatch.setattr(bench_unknown, "measure", figures)
     monkeypatch.setattr("sys.argv", f"x --capture a --out {out}".split())
     bench_unknown.main()
     bench_unknown.main()
     kept = json.loads(out.read_text())
-    assert ran == [1, 2] and len(kept["rows"]) == 2
+    assert ran == [(0, 1), (0, 2), (1, 1), (1, 2)] and len(kept["rows"]) == 4
+    assert flown == ["a"], "a map of all frames, only where something is left to measure"
     assert kept["protocol"].keys() >= {"init", "real_captures_seen_by_init", "seed"}
     assert kept["machine"]["torch"]
 
