@@ -163,7 +163,8 @@ def measure(flight: Flight, block: int, steps: int, known_views: int) -> dict[st
     a, b = np.concatenate(never), np.concatenate(often)
     return {
         "capture": flight.name, "block": block, "of_blocks": len(flight.blocks),
-        "known_views": known_views, "frames": len(frames), "withheld": len(withheld), "steps": steps,
+        "known_views": known_views, "frames": len(frames), "withheld": len(withheld),
+        "steps": steps,
         "never_seen_pixels": len(a), "never_seen_flagged": float(a.mean()) if len(a) else None,
         "seen_by_three_pixels": len(b), "seen_by_three_flagged": float(b.mean()) if len(b) else None
     }  # fmt: skip

@@ -266,12 +266,12 @@ class Structure:
         out[~np.isfinite(out)] = fallback
         return out, (ix - 1) * edge, (iy - 1) * edge, RASTER / edge
 
-    def _high_ground(self, cell: Cell) -> np.float32:
+    def _high_ground(self, cell: Cell) -> float:
         """Height in metres of the highest ground in a swept cell and its swept neighbours."""
         level, ix, iy = cell
         near = [(level, ix + dx, iy + dy) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
         swept = [self.rasters[c] for c in near if c in self.rasters]
-        return np.float32(np.percentile(np.stack(swept), _HIGH_GROUND))
+        return float(np.percentile(np.stack(swept), _HIGH_GROUND))
 
     def fit_exposures(
         self, cells: list[Cell], frames: list[HeldFrame], pause: Pause = lambda: None
@@ -320,7 +320,7 @@ class Structure:
 
         seen = np.zeros((len(views), SURFACE, SURFACE), np.uint8)
         at = (nodes(SURFACE, x0), nodes(SURFACE, y0))
-        highest = self._high_ground(module.cell)
+        highest = np.float32(self._high_ground(module.cell))
         surface.visibility(*at, raster, *grid, slack, highest, masks, P, eyes, seen)
         pool.seen[s], seen = surface.count_views(seen)
         if len(layout.planes):
