@@ -42,7 +42,6 @@ SETTINGS: dict[str, dict[str, float]] = {
     "DOUBT 0.1": {"DOUBT": 0.1},
     "DOUBT 0.4": {"DOUBT": 0.4},
     "NO_VIEWS 0.15": {"NO_VIEWS": 0.15},
-    "NO_VIEWS 0.3": {"NO_VIEWS": 0.3},
     "NO_VIEWS 1": {"NO_VIEWS": 1.0},
     "smoothing 0.1 and 0.5": {"_SMALL": 0.1, "_LARGE": 0.5},
     "smoothing 0.1 and 1": {"_SMALL": 0.1},
@@ -51,10 +50,6 @@ SETTINGS: dict[str, dict[str, float]] = {
     "smoothing 0.08 and 2": {"_LARGE": 2.0},
     "32 views in the sweep": {"_SWEEP_VIEWS": 32},
     "96 columns along an edge": {"RASTER": 96},
-    "high ground 80 %": {"_HIGH_GROUND": 80},
-    "high ground 95 %": {"_HIGH_GROUND": 95},
-    "2 views agree": {"AGREEING": 2},
-    "no views agree": {"AGREEING": 99},
     "known from 2 views on": {"known_views": 2},
 }
 SHIPPED = "shipped"

@@ -38,12 +38,9 @@ _SMALL, _LARGE = 0.08, 1.0
 NEAREST = 0.1
 """Metres before a camera's plane from which on a point can be seen."""
 
-NO_VIEWS = 0.22
+NO_VIEWS = 0.3
 """Cost of a point that fewer than two pictures see: less than that of pictures that differ, else
 ground at the edge of what was seen sinks to where a second picture would see it."""
-
-APART = 0.05
-"""Squared distance of a colour in [0, 1] from the mean at which its picture counts half."""
 
 AGREEING = 3
 """Pictures that together tell how high a place is, though it lies at the edge of each."""
@@ -267,20 +264,18 @@ def paint(xs, ys, raster, x0, y0, inverse, seen, images, P, gains, color):
 
     `seen` (N, m, m) from `count_views` over the same square, `images` (N, H, W, 3) uint8, `gains`
     (N, 3). Near views count more, with 1 / depth^4: a low pass keeps its detail when a high one
-    joins it. Of three pictures and more, those far from the others hardly move the mean: two rounds
-    of weights 1 / (1 + d^2 / APART). Where nobody saw the surface the colour is 0.45.
+    joins it. Where nobody saw the surface the colour is 0.45.
     """
     count, h, w, _ = images.shape
     m = seen.shape[1]
     total = np.zeros(3, np.float32)
-    mean = np.zeros(3, np.float32)
-    found = np.zeros((count, 4), np.float32)  # colours and their weights
     for jy in range(len(ys)):
         sy = int(jy * (m - 1) / (len(ys) - 1) + 0.5)
         for jx in range(len(xs)):
             sx = int(jx * (m - 1) / (len(xs) - 1) + 0.5)
             z = raster_at(raster, x0, y0, inverse, xs[jx], ys[jy])
-            n = 0
+            weight = float32(0)
+            total[:] = 0
             for i in range(count):
                 if seen[i, sy, sx] == 0:
                     continue
@@ -289,29 +284,16 @@ def paint(xs, ys, raster, x0, y0, inverse, seen, images, P, gains, color):
                     continue
                 iu, iv = int(u), int(v)
                 a, b = u - float32(iu), v - float32(iv)
+                near = (float32(100) / q) ** 4
+                weight += near
                 for c in range(3):
                     low = (1 - a) * images[i, iv, iu, c] + a * images[i, iv, iu + 1, c]
                     high = (1 - a) * images[i, iv + 1, iu, c] + a * images[i, iv + 1, iu + 1, c]
-                    found[n, c] = ((1 - b) * low + b * high) / (gains[i, c] * float32(255))
-                found[n, 3] = (float32(100) / q) ** 4
-                n += 1
-            mean[:] = 0.45
-            for turn in range(3 if n > 2 else 1):
-                total[:], weight = 0, float32(0)
-                for i in range(n):
-                    share = found[i, 3]
-                    if turn > 0:
-                        d = float32(0)
-                        for c in range(3):
-                            d += (found[i, c] - mean[c]) ** 2
-                        share /= 1 + d / float32(APART)
-                    weight += share
-                    for c in range(3):
-                        total[c] += share * found[i, c]
-                if weight > 0:
-                    for c in range(3):
-                        mean[c] = total[c] / weight
-            color[jy, jx] = mean
+                    total[c] += near * ((1 - b) * low + b * high) / gains[i, c]
+            for c in range(3):
+                color[jy, jx, c] = (
+                    total[c] / (weight * float32(255)) if weight > 0 else float32(0.45)
+                )
 
 
 @njit(**JIT)

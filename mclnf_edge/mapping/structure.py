@@ -40,7 +40,7 @@ _WORTH_FRAMES = 0.5  # whole frames' worth of tiles before a cell gets a module 
 _FEW_FRAMES = 8  # of fewer frames a cell needs less
 _ASSUMED_HEIGHT_M = 50.0  # when neither parallax nor the publisher tells
 _TRAINED_RAYS = 4096
-_HIGH_GROUND = 90  # percentile of the heights in and around a cell
+_HIGH_GROUND = 99  # percentile of the heights in and around a cell
 _POINTS = 200_000  # the newest are kept
 _DEEPEST = 12.0
 """Flying heights, over the ground known so far, below which no new ground is believed."""
