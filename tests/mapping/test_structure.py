@@ -273,3 +273,11 @@ def test_frames_alone_are_enough() -> None:
         low, inverse = m.pool.band[module.slot]
         assert origin + low < 0 and origin + low + 1 / inverse < 15
     assert flights.score(m, flight) > flight.mean_psnr() + 5
+
+
+def test_cells_that_were_not_swept_say_nothing_of_how_high_the_ground_is() -> None:
+    slope = np.linspace(0, 30, RASTER**2, dtype=np.float32).reshape(RASTER, RASTER)
+    alone = Structure(10.0, rasters={(0, 0, 0): slope, (0, 2, 0): slope + 500})
+    assert alone._high_ground((0, 0, 0)) == pytest.approx(29.7, abs=0.01)
+    beside = Structure(10.0, rasters={(0, 0, 0): slope, (0, 1, -1): slope + 100})
+    assert beside._high_ground((0, 0, 0)) > 129
