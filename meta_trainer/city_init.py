@@ -18,7 +18,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -121,23 +121,35 @@ class Episode:
 
         `fold` is as in `Capture.fold`, `cell_m` the edge of a cell.
         """
-        config = ServeConfig()
-        self._adapt = replace(config.adapt, budget_s_per_frame=_ENDLESS_S)
-        self.mapper = self.make_mapper(
-            replace(config.map, cell_size_m=cell_m), config.field, self._adapt, threads=threads
-        )
         capture = open_capture(path).fold(fold)
-        for i, frame in enumerate(capture.split("train").frames[:frames]):
-            self.mapper.add(i, _STREAM, frame)
+        self.train: Sequence[Frame] = capture.split("train").frames[:frames]
         self.test: Sequence[Frame] = capture.split("test").frames
-        self.mapper.draining = True
-        self.mapper.settle()
+        self.mapper = self.empty_map(cell_m, threads=threads)
+        self._adapt = self.mapper.adapt
+        self.hold(range(len(self.train)))
         pool = self.mapper.pool
         assert pool is not None
         self._slots = np.array([m.slot for m in self.mapper.modules.values()])
         self._start = {name: getattr(pool, name)[self._slots].copy() for name in _SEEDED}
         self._gains = [f.gain.copy() for f in self.mapper.frames.values()]
         self._renderer = Renderer()
+
+    def empty_map(
+        self, cell_m: float | Literal["auto"], mlp: F32 | None = None, threads: int = 1
+    ) -> Mapper:
+        """A mapper with the daemon's defaults whose budgets count rays, no frame held yet."""
+        config = ServeConfig()
+        adapt = replace(config.adapt, budget_s_per_frame=_ENDLESS_S)
+        return self.make_mapper(
+            replace(config.map, cell_size_m=cell_m), config.field, adapt, mlp, threads=threads
+        )
+
+    def hold(self, numbers: Iterable[int]) -> None:
+        """Give the mapper these train frames; sweep and seed what they see, lone views too."""
+        for i in numbers:
+            self.mapper.add(i, _STREAM, self.train[i])
+        self.mapper.draining = True
+        self.mapper.settle()
 
     def restart(self, mlp: F32, seed: int, factor: float = 1.0) -> None:
         """Put every module back to its seeded start with `mlp` (MLP_SIZE,) and both rates * factor.

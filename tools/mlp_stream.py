@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -120,12 +120,14 @@ class MlpStream:
 
 def learn_in_turn(
     stream: MlpStream,
-    tasks: Sequence[Targets],
+    tasks: Iterable[Targets],
     steps: Sequence[int],
     after: Callable[[int], None],
     keep: Callable[[Sequence[Targets]], Targets | None] = lambda seen: None,
 ) -> None:
     """Task after task; `keep` says what a replay buffer holds of the tasks before."""
+    seen: list[Targets] = []
     for k, drawn in enumerate(tasks):
-        stream.learn(drawn, keep(tasks[:k]), steps[k])
+        stream.learn(drawn, keep(seen), steps[k])
+        seen.append(drawn)
         after(k)
