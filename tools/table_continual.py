@@ -42,7 +42,7 @@ from mclnf_edge.mapping.modules import Cell  # noqa: E402
 from mclnf_edge.maths.fields import count as count_parameters  # noqa: E402
 from mclnf_edge.maths.metrics import psnr  # noqa: E402
 from tools import measure, streams  # noqa: E402
-from tools.mlp_stream import RAYS, MlpStream, learn_in_turn  # noqa: E402
+from tools.field_stream import RAYS, FieldStream, box_of, learn_in_turn  # noqa: E402
 from tools.tasks import I32, TASKS, cut, targets, task_map, tiles_of  # noqa: E402
 
 STEPS = 400
@@ -126,6 +126,7 @@ class Stage:
         self.frames = streams.arrivals(self.episode.mapper, self.tasks)
         self.masks: list[I32] = [self._mask(frame, 0) for frame in self.episode.test]
         self.inner: list[I32] = [self._mask(frame, INSET) for frame in self.episode.test]
+        self.box = box_of(self.episode.mapper, [cell for run in self.tasks for cell in run])
         self.replay_bytes = 0
 
     def _cells(self) -> tuple[dict[Cell, int], dict[Cell, float]]:
@@ -200,7 +201,7 @@ class Stage:
     def _mlp(
         self, method: str, episode: streams.StreamEpisode, first: Curves, own: Curves
     ) -> dict[str, Any]:
-        stream = MlpStream(episode.mapper, self._box(), self.seed)
+        stream = FieldStream(episode.mapper, self.box, self.seed)
         show = partial(self._mlp_picture, episode, stream)
         after = partial(self._note, first, own, show)
         size = self.replay_bytes if method.endswith("replay") else 0
@@ -253,7 +254,7 @@ class Stage:
     def _mlp_picture(
         self,
         episode: streams.StreamEpisode,
-        stream: MlpStream,
+        stream: FieldStream,
         view: int,
         wanted: npt.NDArray[np.bool_],
     ) -> tuple[Any, Any, Any]:
@@ -272,17 +273,6 @@ class Stage:
         shown = np.zeros((height, width, 3))
         shown[at] = colours
         return shown, truth / 255.0, at
-
-    def _box(self) -> tuple[npt.NDArray[np.float32], float]:
-        """Centre and half edge, local metres, of the cells of all tasks."""
-        pool = self.episode.mapper.pool
-        assert pool is not None
-        cells = [cell for run in self.tasks for cell in run]
-        corners = np.array([pool.bounds(cell)[:2] for cell in cells])
-        low, high = corners.min(0), corners.max(0) + pool.cell_m
-        bottom, top = pool.height_band(cells)
-        centre = np.array([*(0.5 * (low + high)), 0.5 * (bottom + top)], np.float32)
-        return centre, float(0.5 * max(*(high - low), top - bottom))
 
     def _all_tiles(self) -> int:
         return sum(self.count.values()) * streams.TILE_BYTES

@@ -30,7 +30,7 @@ from tools import (  # noqa: E402
     table_seeds,
     table_weights,
 )
-from tools.mlp_stream import compose  # noqa: E402
+from tools.field_stream import compose  # noqa: E402
 from tools.tasks import cut, first_hit, task_map  # noqa: E402
 
 CAMERA = Camera(40, 20, 20.0, 20.0, 20.0, 10.0)

@@ -1,4 +1,4 @@
-"""The paper's 10-layer ReLU MLP as one network on the same stream of rays, in PyTorch."""
+"""A field in PyTorch (the paper's 10-layer ReLU MLP) as one network on the same stream of rays."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from mclnf_edge.geometry import pixel_rays
-from mclnf_edge.mapping.modules import Workspace, trace
-from mclnf_edge.maths.fields import NerfMlp, Params
+from mclnf_edge.mapping.mapper import Mapper
+from mclnf_edge.mapping.modules import Cell, Workspace, trace
+from mclnf_edge.maths.fields import Field, NerfMlp, Params
 from mclnf_edge.types import Camera, Matrix4
 from tools.streams import StreamMapper, Targets
 
@@ -20,6 +21,7 @@ RAYS = 256
 SAMPLES = 6
 RATE = 5e-4
 _CHUNK = 2048
+_PAPERS = NerfMlp()
 
 
 def compose(values: Tensor, width: Tensor) -> Tensor:
@@ -29,20 +31,41 @@ def compose(values: Tensor, width: Tensor) -> Tensor:
     return ((before - through).unsqueeze(-1) * values[..., :3]).sum(1)
 
 
-class MlpStream:
-    """One NerfMlp over all tasks: same frames, tiles, exposures and sample places as the modules.
+def box_of(mapper: Mapper, cells: Sequence[Cell]) -> tuple[F32, float]:
+    """Centre (3,) and half edge, local metres, of a cube around some cells."""
+    assert mapper.pool is not None
+    corners = np.array([mapper.pool.bounds(cell)[:2] for cell in cells])
+    low, high = corners.min(0), corners.max(0) + mapper.pool.cell_m
+    bottom, top = mapper.pool.height_band(cells)
+    centre = np.array([*(0.5 * (low + high)), 0.5 * (bottom + top)], np.float32)
+    return centre, float(0.5 * max(*(high - low), top - bottom))
+
+
+class FieldStream:
+    """One field over all tasks: same frames, tiles, exposures and sample places as the modules.
 
     A ray's samples are drawn where the swept surfaces say that matter is, as for the fast field.
     Coordinates are scaled to [-1, 1] over `box` (centre x, y, z and half edge, local metres).
     """
 
-    def __init__(self, mapper: StreamMapper, box: tuple[F32, float], seed: int) -> None:
-        """A random start."""
+    def __init__(
+        self,
+        mapper: StreamMapper,
+        box: tuple[F32, float],
+        seed: int,
+        field: Field = _PAPERS,
+        rays: int = RAYS,
+        rate: float = RATE,
+    ) -> None:
+        """A random start; Adam's steps of `rate` on `rays` rays each.
+
+        The field takes positions in the box and unit directions, (N, 6), to colour and density.
+        """
         self.mapper, self.box = mapper, box
-        self.field = NerfMlp()
+        self.field, self.rays, self.rate = field, rays, rate
         start = self.field.init(torch.Generator().manual_seed(seed))
         self.params: Params = {name: p.requires_grad_() for name, p in start.items()}
-        self.adam = torch.optim.Adam(self.params.values(), lr=RATE)
+        self.adam = torch.optim.Adam(self.params.values(), lr=rate)
         self.random = np.random.default_rng(seed)
         self.seed, self.taken = seed, 0
         self._work = Workspace(_CHUNK, SAMPLES)
@@ -51,14 +74,15 @@ class MlpStream:
         """`steps` steps of Adam, its rate falling tenfold, half of each batch from `replay`."""
         for i in range(steps):
             for group in self.adam.param_groups:
-                group["lr"] = RATE * 0.1 ** (i / steps)
-            self._step(drawn, replay)
+                group["lr"] = self.rate * 0.1 ** (i / steps)
+            self.step(drawn, replay)
 
-    def _step(self, drawn: Targets, replay: Targets | None) -> None:
-        mine = RAYS if replay is None else RAYS // 2
+    def step(self, drawn: Targets, replay: Targets | None = None) -> float:
+        """One step; the mean squared error of its rays before it."""
+        mine = self.rays if replay is None else self.rays // 2
         parts = [self._pick(drawn, mine)]
         if replay is not None:
-            parts.append(self._pick(replay, RAYS - mine))
+            parts.append(self._pick(replay, self.rays - mine))
         frame, tile = np.concatenate(parts, axis=1)
         frames = list(self.mapper.frames.values())
         rays, gains, bands = self.mapper.batch(frames, frame, tile, self.random)
@@ -70,6 +94,7 @@ class MlpStream:
         self.adam.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self.adam.step()
+        return float(loss.detach())
 
     def _pick(self, drawn: Targets, n: int) -> npt.NDArray[np.int32]:
         at = self.random.integers(0, len(drawn[0]), n)
@@ -119,7 +144,7 @@ class MlpStream:
 
 
 def learn_in_turn(
-    stream: MlpStream,
+    stream: FieldStream,
     tasks: Iterable[Targets],
     steps: Sequence[int],
     after: Callable[[int], None],
