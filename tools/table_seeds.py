@@ -51,6 +51,11 @@ SETTINGS: dict[str, dict[str, float]] = {
     "32 views in the sweep": {"_SWEEP_VIEWS": 32},
     "96 columns along an edge": {"RASTER": 96},
     "known from 2 views on": {"known_views": 2},
+    "edge: ground at the 50th percentile": {"_HIGH_GROUND": 50},
+    "edge: at the 90th": {"_HIGH_GROUND": 90},
+    "edge: at the 95th": {"_HIGH_GROUND": 95},
+    "edge: two pictures agree": {"AGREEING": 2},
+    "edge: however many agree": {"AGREEING": NEVER},
 }
 SHIPPED = "shipped"
 TOLD = ("told", "interpolated", "zero", "fitted")
@@ -63,7 +68,7 @@ def main() -> int:
     options = measure.arguments(__doc__, "table_seeds.json")
     init = load_init(None)
     protocol = {"init": init.digest, "steps": STEPS, "test_pictures": f"1/{SHRINK} of their width",
-                "runs": measure.RUNS}  # fmt: skip
+                "runs": measure.RUNS, "shipped": constants()}  # fmt: skip
     results = measure.open_results(options.out, protocol)
     for seed, fold in measure.RUNS[: options.runs]:
         for capture in options.captures:
@@ -80,6 +85,12 @@ def main() -> int:
     for line in lines(results):
         print(line)
     return 0
+
+
+def constants() -> dict[str, float]:
+    """The shipped values of all that a setting changes."""
+    names = sorted({name for values in SETTINGS.values() for name in values} - {"known_views"})
+    return {name: float(getattr(_home(name), name)) for name in names}
 
 
 @contextmanager
@@ -108,8 +119,7 @@ def adapt(
     path: Path, seed: int, fold: int | None, init: Initialization, values: dict[str, float]
 ) -> dict[str, Any]:
     """STEPS steps from a seed of the sweep with `values`: PSNR of each held-out view in dB."""
-    constants = {name: value for name, value in values.items() if name != "known_views"}
-    with changed(constants):
+    with changed({name: value for name, value in values.items() if name != "known_views"}):
         episode = Episode(path, None, fold=fold)
         episode.restart(init.mlp, seed)
         episode.steps(STEPS)
