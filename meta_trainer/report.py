@@ -191,52 +191,17 @@ def _trainings() -> Iterator[str]:
 
 
 def _section(result: Mapping[str, Any], out: Path, figures: Path, name: str) -> list[str]:
+    """A target's table with how it was made, what it says, its curves and its panels."""
     target, rows = result["target"], result["rows"]
     lines = [as_text(result), ""]
-    lines += (
-        [_cost_caption(rows)]
-        if target == "table6"
-        else [
-            f"{dataset}: networks of width {budget['width']}, modules of {budget['width'] // 2}, "
-            f"steps to {budget['marks'][-1]} per task, {budget['batch'] or 'all'} "
-            f"coordinates per task and step (OL, MOL: of all tasks in one batch; ER, MER: and "
-            f"as many of the buffer), lambda {USUAL['lam']} where no other is "
-            f"named, {budget['seeds']} seeds, starts learned on "
-            f"{DATASETS[dataset].starts or dataset}, "
-            f"{budget['meta_steps']} meta-training steps, step sizes tried: "
-            f"{', '.join(map(str, budget['search']))} "
-            f"({budget['search_steps']} steps on validation signals)."
-            for dataset, budget in result["budgets"].items()
-        ]
-    )
-    parts = [f"{name} {value}" for name, value in result["machine"].items()]
-    took = f"this command took {result['wall_s']:.0f} s"
-    if result["compute_s"]:
-        took = (
-            f"the runs of its rows took {result['compute_s']:.0f} s, this command, which uses "
-            f"those it finds, {result['wall_s']:.0f} s"
-        )
-    lines += [f"{took[0].upper()}{took[1:]}; {', '.join(parts)}.", ""]
-    lines += [f"- {text}." for text in dict.fromkeys(r["provenance"] for r in rows
-                                                      if "provenance" in r)]  # fmt: skip
-    curved = [r for r in rows if "curve" in r]
-    curves = _by_metric(curved)
-    for part in curves if target not in CAUSES.values() else []:  # variants of one method, there
-        for dataset, (agree, pairs, wrong) in agreement(part).items():
-            lines.append(
-                f"- {dataset}, {row_label(part, dataset)}: {agree} of {pairs} pairs in the paper's "
-                "order by best value"
-                + (f"; not (~: undecided over the signals): {', '.join(wrong)}." if wrong else ".")
-            )
+    lines += [_cost_caption(rows)] if target == "table6" else _captions(result)
+    lines += [_took(result), ""]
+    lines += [f"- {told}." for told in dict.fromkeys(r.get("provenance") for r in rows) if told]
+    curves = _by_metric([r for r in rows if "curve" in r])
+    if target not in CAUSES.values():  # variants of one method, there
+        lines += _orders(curves)
     lines += [f"- {told}" for told in endings(rows)]
-    for (dataset, method), fall in falls([r for r in curved if r["metric"] == "psnr"]).items():
-        if fall.mean > FALLEN or fall.runs:
-            lines.append(
-                f"- {dataset}, {method}: the mean is at most {fall.mean:.2f} dB below its running "
-                f"best, {fall.runs} of {fall.of} runs are by more than {FALLEN}, at most by "
-                f"{fall.worst:.2f} dB."
-            )
-    lines.append("")
+    lines += [*_fallen(rows), ""]
     if curves:
         path = figures / f"{name}.png"
         _plot(curves, path)
@@ -244,6 +209,57 @@ def _section(result: Mapping[str, Any], out: Path, figures: Path, name: str) -> 
     if target in ("fig3", "fig4"):
         lines += _panels(rows, out, figures / f"{name}-panels.jpg")
     return lines
+
+
+def _captions(result: Mapping[str, Any]) -> list[str]:
+    """Networks, budget and step sizes of each data set."""
+    return [
+        f"{dataset}: networks of width {budget['width']}, modules of {budget['width'] // 2}, "
+        f"steps to {budget['marks'][-1]} per task, {budget['batch'] or 'all'} "
+        f"coordinates per task and step (OL, MOL: of all tasks in one batch; ER, MER: and "
+        f"as many of the buffer), lambda {USUAL['lam']} where no other is "
+        f"named, {budget['seeds']} seeds, starts learned on "
+        f"{DATASETS[dataset].starts or dataset}, "
+        f"{budget['meta_steps']} meta-training steps, step sizes tried: "
+        f"{', '.join(map(str, budget['search']))} "
+        f"({budget['search_steps']} steps on validation signals)."
+        for dataset, budget in result["budgets"].items()
+    ]
+
+
+def _took(result: Mapping[str, Any]) -> str:
+    """Seconds of the runs and of the command, and the machine."""
+    wall = f"{result['wall_s']:.0f} s"
+    took = f"This command took {wall}"
+    if result["compute_s"]:
+        took = (
+            f"The runs of its rows took {result['compute_s']:.0f} s, this command, which uses "
+            f"those it finds, {wall}"
+        )
+    return f"{took}; {', '.join(f'{name} {value}' for name, value in result['machine'].items())}."
+
+
+def _orders(curves: Sequence[Sequence[Row]]) -> Iterator[str]:
+    """How many pairs of methods stand in the paper's order, by metric and data set."""
+    for part in curves:
+        for dataset, (agree, pairs, wrong) in agreement(part).items():
+            told = f"; not (~: undecided over the signals): {', '.join(wrong)}" if wrong else ""
+            yield (
+                f"- {dataset}, {row_label(part, dataset)}: {agree} of {pairs} pairs in the paper's "
+                f"order by best value{told}."
+            )
+
+
+def _fallen(rows: Sequence[Row]) -> Iterator[str]:
+    """Which methods' PSNR falls as steps grow, and by how much."""
+    measured = [r for r in rows if "curve" in r and r["metric"] == "psnr"]
+    for (dataset, method), fall in falls(measured).items():
+        if fall.mean > FALLEN or fall.runs:
+            yield (
+                f"- {dataset}, {method}: the mean is at most {fall.mean:.2f} dB below its running "
+                f"best, {fall.runs} of {fall.of} runs are by more than {FALLEN}, at most by "
+                f"{fall.worst:.2f} dB."
+            )
 
 
 def _cost_caption(rows: Sequence[Row]) -> str:
