@@ -76,7 +76,15 @@ class Try(NamedTuple):
     level: bool
 
 
-def explanations(rows: Sequence[Row], tried: Sequence[Row], dataset: str) -> Iterator[str]:
+class Explanation(NamedTuple):
+    """What is known of a pair out of the paper's order, and whether that settles it: in order or
+    level with a change, or undecided."""
+
+    told: str
+    settled: bool
+
+
+def explanations(rows: Sequence[Row], tried: Sequence[Row], dataset: str) -> Iterator[Explanation]:
     """For each pair out of the paper's order, which of the changes of `causes` put it in order.
 
     A change of one method counts before changes of both; where no change does, a pair that the
@@ -101,8 +109,9 @@ def explanations(rows: Sequence[Row], tried: Sequence[Row], dataset: str) -> Ite
         elif any(t.level for t in changes):
             told = "level (undecided) with " + _or(t.told for t in changes if t.level)
         else:
-            told = f"not with any of {len(changes)} changes"
-        yield f"{named(pair.a)} / {named(pair.b)}: {told}"
+            told = ""
+        unsettled = f"not with any of {len(changes)} changes"
+        yield Explanation(f"{named(pair.a)} / {named(pair.b)}: {told or unsettled}", bool(told))
 
 
 def _tries(pair: Pair, tried: Sequence[Row]) -> list[Try]:

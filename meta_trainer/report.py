@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import html
-import io
 import itertools
 import json
 import mimetypes
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from markdown_it import MarkdownIt
 
 from mclnf_edge.errors import ConfigError
 from meta_trainer.agreement import (
@@ -25,7 +25,15 @@ from meta_trainer.agreement import (
 )
 from meta_trainer.causes import CAUSES
 from meta_trainer.data import DATASETS
+from meta_trainer.rows import OURS
 from meta_trainer.runs import SHIPPED, Setting
+
+_STYLE = (
+    "body{font:14px sans-serif;margin:2em}img{max-width:100%}p,li{max-width:60em}"
+    "table{border-collapse:collapse;display:block;overflow-x:auto}"
+    "td,th{padding:2px 8px;border:1px solid #ccc;white-space:nowrap;text-align:left}"
+    "th{background:#eee}tr:hover td{background:#f6f6f6}"
+)
 
 USUAL = dataclasses.asdict(Setting(""))
 
@@ -105,19 +113,74 @@ def write_report(out: Path) -> tuple[Path, Path]:
         raise ConfigError(f"{out}: no results; run `python -m meta_trainer reproduce` first")
     figures = out / "figures"
     figures.mkdir(exist_ok=True)
-    lines = ["# Experiments", ""]
-    results = {path.stem: _read(path) for path in paths}
+    results = {path.stem: _read(path) for path in sorted(paths, key=_place)}
+    body: list[str] = []
     for stem, result in results.items():
-        lines += _section(result, out, figures, stem)
-        if causes := results.get(stem.replace(result["target"], CAUSES.get(result["target"], ""))):
-            lines += _explained(result, causes)
-    lines += [*step_sizes(out / "rates.jsonl"), *_trainings()]
-    lines += ["## Discrepancies in the paper", "", *(f"- {d}" for d in DISCREPANCIES), ""]
+        body += _section(result, out, figures, stem)
+        if causes := _causes_of(stem, results):
+            body += _explained(result, causes)
+    body += [*step_sizes(out / "rates.jsonl"), *_trainings()]
+    body += ["## Discrepancies in the paper", "", *(f"- {d}" for d in DISCREPANCIES), ""]
+    heads = [line[3:] for line in "\n".join(body).splitlines() if line.startswith("## ")]
+    lines = ["# Experiments", "", *_overview(results), "## Contents", ""]
+    lines += [*(f"- [{head}](#{_anchor(head)})" for head in heads), "", *body]
     markdown = out / "report.md"
     markdown.write_text("\n".join(lines), encoding="utf-8")
     page = out / "report.html"
-    page.write_text(_html(lines, out), encoding="utf-8")
+    page.write_text(_html("\n".join(lines), out), encoding="utf-8")
     return page, markdown
+
+
+def _causes_of(stem: str, results: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The result of what was tried for a table, if it is there."""
+    target = results[stem]["target"]
+    return results.get(stem.replace(target, CAUSES[target])) if target in CAUSES else None
+
+
+def _place(path: Path) -> tuple[int, str]:
+    """Where a result stands on the page: tables, figures, controls, causes."""
+    kinds = ("table", "fig", "controls", "causes")
+    return next((i for i, k in enumerate(kinds) if path.stem.startswith(k)), len(kinds)), path.stem
+
+
+def _anchor(heading: str) -> str:
+    """How Markdown readers call a heading's place."""
+    return "".join(c for c in heading.lower() if c.isalnum() or c in " -_").replace(" ", "-")
+
+
+def _overview(results: Mapping[str, Any]) -> Iterator[str]:
+    """How many pairs of each table stand in the paper's order, and the best values of it."""
+    yield "Our values beside the paper's. A pair of methods is in order where the better one, by"
+    yield "best value over the steps, is the better one in the paper. Others count as settled where"
+    yield "a tried change puts them in order or level, or where the signals leave them undecided."
+    yield ""
+    yield (
+        "| table | data | measure | pairs in order | others settled | mod | MIM | best of the "
+        "other methods |"
+    )
+    yield "|" + " --- |" * 8
+    for stem, result in results.items():
+        if not result["target"].startswith("table"):
+            continue
+        tried = (_causes_of(stem, results) or {"rows": []})["rows"]
+        for part in _by_metric([r for r in result["rows"] if "curve" in r]):
+            for dataset, (agree, compared, _) in agreement(part).items():
+                settled = sum(pair.settled for pair in explanations(part, tried, dataset))
+                known = [r for r in part if r["dataset"] == dataset and r["best"] is not None]
+                cells = [result["target"], dataset, row_label(part, dataset)]
+                cells += [f"{agree} of {compared}", f"{settled} of {compared - agree}"]
+                cells += [_top([r for r in known if r["method"] == name]) for name in OURS]
+                cells += [_top([r for r in known if r["method"] not in OURS], named=True)]
+                yield "| " + " | ".join(cells) + " |"
+    yield ""
+
+
+def _top(rows: Sequence[Row], *, named: bool = False) -> str:
+    """The best value of some rows, and on demand whose it is."""
+    best = max(rows, key=lambda r: float(r["best"]), default=None)
+    if best is None:
+        return "–"
+    return f"{best['best']:.4g}" + (f" ({best['method']})" if named else "")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -270,10 +333,10 @@ def _cost_caption(rows: Sequence[Row]) -> str:
 def _explained(result: Mapping[str, Any], causes: Mapping[str, Any]) -> list[str]:
     """Pairs out of the paper's order, and the tried changes that put them in order."""
     lines = [
-        f"- {text}."
+        f"- {pair.told}."
         for dataset in result["budgets"]
         for rows in _by_metric(result["rows"])
-        for text in explanations(rows, causes["rows"], dataset)
+        for pair in explanations(rows, causes["rows"], dataset)
     ]
     target = CAUSES[result["target"]]
     told = f"What was tried for pairs out of the paper's order (`{target}`):"
@@ -349,38 +412,20 @@ def _panels(rows: Sequence[Row], out: Path, path: Path) -> list[str]:
     return [f"![panels]({path.relative_to(out)})", ""]
 
 
-def _html(lines: Sequence[str], out: Path) -> str:
-    """The Markdown lines as one page without other files: pictures are embedded."""
-    body = io.StringIO()
-    text = [part for line in lines for part in line.split("\n")]
-    for kind, group in itertools.groupby(text, key=lambda part: part[:1]):
-        if kind == "|":
-            body.write(_html_table(list(group)))
-            continue
-        for part in group:
-            body.write(_html_line(part, out))
-    style = "body{font:14px sans-serif;margin:2em}td,th{padding:2px 8px;border:1px solid #ccc}"
-    style += "table{border-collapse:collapse}img{max-width:100%}"
+def _html(markdown: str, out: Path) -> str:
+    """The Markdown as one page without other files: pictures are embedded."""
+    reader = MarkdownIt("commonmark", {"html": False}).enable("table")
+    tokens = reader.parse(markdown)
+    for token, following in itertools.pairwise(tokens):
+        if token.type == "heading_open":
+            token.attrSet("id", _anchor(following.content))
+    for token in itertools.chain.from_iterable(t.children or () for t in tokens):
+        if token.type == "image":
+            path = str(token.attrs["src"])
+            data = base64.b64encode((out / path).read_bytes()).decode()
+            token.attrs["src"] = f"data:{mimetypes.guess_type(path)[0]};base64,{data}"
+    body = reader.renderer.render(tokens, reader.options, {})
     return (
-        f"<!doctype html><meta charset='utf-8'><title>Experiments</title><style>{style}</style>"
-        f"{body.getvalue()}"
+        "<!doctype html><html lang='en'><meta charset='utf-8'><title>Experiments</title>"
+        f"<style>{_STYLE}</style>{body}</html>"
     )
-
-
-def _html_table(lines: Sequence[str]) -> str:
-    cells = [[html.escape(c.strip()) for c in line.strip("|").split("|")] for line in lines]
-    head = "".join(f"<th>{c}</th>" for c in cells[0])
-    rest = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in r) + "</tr>" for r in cells[2:])
-    return f"<table><tr>{head}</tr>{rest}</table>"
-
-
-def _html_line(line: str, out: Path) -> str:
-    if line.startswith("!["):
-        name, path = line[2:-1].split("](")
-        data = base64.b64encode((out / path).read_bytes()).decode()
-        kind = mimetypes.guess_type(path)[0]
-        return f"<p><img alt='{html.escape(name)}' src='data:{kind};base64,{data}'></p>"
-    if line.startswith("#"):
-        level = len(line) - len(line.lstrip("#"))
-        return f"<h{level}>{html.escape(line.lstrip('# '))}</h{level}>"
-    return f"<p>{html.escape(line)}</p>" if line else ""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,7 +20,7 @@ import torch
 
 from mclnf_edge.errors import CaptureError, ConfigError
 from meta_trainer import evaluate, report, reproduce, runs
-from meta_trainer.agreement import agreement, endings, explanations, falls
+from meta_trainer.agreement import Explanation, agreement, endings, explanations, falls
 from meta_trainer.config import parse_config
 from meta_trainer.data import DATASETS
 from meta_trainer.methods import METHODS, STARTS, VARIANTS
@@ -383,33 +385,37 @@ def test_explanations_name_the_changes_that_put_a_pair_in_order() -> None:
         return {"method": f"{of} (to more steps)", "of": of, "further": True, "curve": steps,
                 "metric": "psnr"}  # fmt: skip
 
+    def told(found: Iterable[Explanation]) -> list[str]:
+        return [pair.told for pair in found]
+
     rows = [row("MOL", 30, 20), row("Ours (mod)", 25, 22), row("ER", 10, 21), row("CL", 1, 1)]
     tried = [changed("MOL", "one task's batch", 24), changed("ER", "buffer 1/20", 9),
              longer("MOL", [1, 2, None, 50]), longer("Ours (mod)", [3, 2, 1])]  # fmt: skip
-    assert list(explanations(rows, tried, "d")) == [
+    assert told(explanations(rows, tried, "d")) == [
         "MOL / Ours (mod): in order with MOL (one task's batch) or both to 4 steps",
         "MOL / ER: not with any of 3 changes",
     ]
     short = [r | {"curve": {"1": r["best"]}} for r in rows]
-    assert list(explanations(short, tried, "d"))[1] == (
+    assert told(explanations(short, tried, "d"))[1] == (
         "MOL / ER: in order with MOL (to 4 steps, as many of a network as ER)"
     )
     wide = [r | {"width": 9} for r in rows]
-    assert list(explanations(wide, tried, "d"))[0].endswith("not with any of 0 changes")
+    assert told(explanations(wide, tried, "d"))[0].endswith("not with any of 0 changes")
     wider = [r | {"width": 9} for r in tried]
-    assert list(explanations(wide, wider, "d"))[0].startswith(
+    assert told(explanations(wide, wider, "d"))[0].startswith(
         "MOL 9 width / Ours (mod) 9 width: in order with MOL (one task's batch) 9 width or"
     )
     both = [*tried, changed("ER", "at once", 26)]
-    assert list(explanations(rows, both, "d"))[1] == (
+    assert told(explanations(rows, both, "d"))[1] == (
         "MOL / ER: in order with MOL (one task's batch) and ER (at once)"
     )
     near = [changed("ER", "at once", 26) | {"per_signal": {"x": 20, "y": 32}}]
     rows[0]["per_signal"] = {"x": 29, "y": 31}
-    told = list(explanations(rows, near, "d"))
-    assert told[1] == "MOL / ER: level (undecided) with ER (at once)"
+    found = told(explanations(rows, near, "d"))
+    assert found[1] == "MOL / ER: level (undecided) with ER (at once)"
+    assert [pair.settled for pair in explanations(rows, near, "d")] == [False, True]
     rows[2]["per_signal"] = {"x": 28, "y": 32}
-    assert list(explanations(rows, near, "d"))[1] == "MOL / ER: undecided over the signals as it is"
+    assert told(explanations(rows, near, "d"))[1] == "MOL / ER: undecided over the signals as it is"
 
 
 def test_endings_stand_beside_the_papers() -> None:
@@ -481,7 +487,11 @@ def test_report_has_tables_curves_and_panels(root: Path, out: Path) -> None:
     assert "| faces | OL, cut interleaved | 20.00 * | diverged |" in text and "10.00" not in text
     assert "| faces-mol-strips-4-256 | faces | 1500 |" in text
     assert "| faces | Ours (MIM) |" in text and "best (paper)" in text and "Discrepancies" in text
+    assert text.index("## table1 ") < text.index("## fig4 "), "tables first"
+    assert "- [table1 (smoke, faces)](#table1-smoke-faces)" in text
+    assert re.search(r"\| table1 \| faces \| PSNR \(dB\) \| \d+ of 44 \| 0 of \d+ \| ", text)
     text = page.read_text()
+    assert '<h2 id="table1-smoke-faces">' in text and 'href="#table1-smoke-faces"' in text
     assert text.count("data:image/png;base64,") >= 2 and text.count("data:image/jpeg;base64,") >= 1
     (out / "table1-smoke.json").write_text('{"target": "table1", "rows": []}')
     with pytest.raises(ConfigError, match="another version"):
