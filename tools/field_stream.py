@@ -12,13 +12,13 @@ from torch import Tensor
 from mclnf_edge.geometry import pixel_rays
 from mclnf_edge.mapping.mapper import Mapper
 from mclnf_edge.mapping.modules import Cell, Workspace, trace
+from mclnf_edge.mapping.optimizer import COARSE_STEPS, SAMPLES, UNIFORM
 from mclnf_edge.maths.fields import Field, NerfMlp, Params
 from mclnf_edge.types import Camera, Matrix4
 from tools.streams import StreamMapper, Targets
 
 F32 = npt.NDArray[np.float32]
 RAYS = 256
-SAMPLES = 6
 RATE = 5e-4
 _CHUNK = 2048
 _PAPERS = NerfMlp()
@@ -105,7 +105,7 @@ class FieldStream:
         mapper, n = self.mapper, len(ro)
         assert mapper.pool is not None
         reach = 60.0 * float((ro[:, 2] - bands[:, 0]).max())
-        trace(mapper.pool, self._work, ro, rd, bands, steps=48, uniform=0.05,
+        trace(mapper.pool, self._work, ro, rd, bands, steps=COARSE_STEPS, uniform=UNIFORM,
               seed=self.taken + self.seed * 1_000_003, jitter=jitter, reach=reach,
               site=0)  # fmt: skip
         t = self._work.tape.t[: n * SAMPLES].reshape(n, SAMPLES).copy()

@@ -32,6 +32,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mclnf_edge.mapping.initialization import load_init  # noqa: E402
+from mclnf_edge.mapping.optimizer import SAMPLES  # noqa: E402
 from mclnf_edge.maths.fields import Field, NerfMlp, Params, Tap, linear  # noqa: E402
 from mclnf_edge.maths.fields import count as count_parameters  # noqa: E402
 from mclnf_edge.maths.metrics import psnr  # noqa: E402
@@ -299,7 +300,7 @@ def main() -> int:
     results = measure.open_results(
         options.out,
         measure.init_facts(load_init(None))
-        | {"marks_s": MARKS_S, "steps": STEPS, "search_s": SEARCH_S, "samples_a_ray": 6,
+        | {"marks_s": MARKS_S, "steps": STEPS, "search_s": SEARCH_S, "samples_a_ray": SAMPLES,
            "test_pictures": f"1/{SHRINK} of their width, exposure {measure.EXPOSURE}"},
     )  # fmt: skip
     for capture in options.captures:

@@ -13,7 +13,7 @@ from mclnf_edge.geometry import require_pinhole
 from mclnf_edge.mapping.exposures import Meter
 from mclnf_edge.mapping.extents import Window, reachable
 from mclnf_edge.mapping.modules import ModulePool, cell_name
-from mclnf_edge.mapping.optimizer import paint
+from mclnf_edge.mapping.optimizer import COARSE_STEPS, SAMPLES, paint
 from mclnf_edge.mapping.residency import Residency
 from mclnf_edge.types import Render, View
 
@@ -21,8 +21,6 @@ F32 = npt.NDArray[np.float32]
 KNOWN = 0.5
 """Depth is given where at least this share of the light ends in seen matter."""
 
-_COARSE_STEPS = 48
-_SAMPLES = 8
 _UNIFORM = 0.01
 _METER_PX = 48
 """Longer edge of the picture by which a view's brightness is measured."""
@@ -76,8 +74,8 @@ class Renderer:
             band=np.array(band, np.float32),
             reach=np.float32(60.0 * max(float(eye[2]) - band[0], pool.cell_m)),
             exposure=np.exp(gain).astype(np.float32),
-            samples=_SAMPLES,
-            steps=_COARSE_STEPS,
+            samples=SAMPLES,
+            steps=COARSE_STEPS,
             uniform=np.float32(_UNIFORM),
         )
         cells = reachable(pool.extents, _window(shot), site)

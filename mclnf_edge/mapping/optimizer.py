@@ -23,8 +23,8 @@ from mclnf_edge.mapping.rays import Rays
 F32 = npt.NDArray[np.float32]
 log = logging.getLogger(__name__)
 
-COARSE_STEPS = 48
-SAMPLES = 6
+COARSE_STEPS = 96
+SAMPLES = 16
 UNIFORM = 0.05
 _FEWEST_RAYS = 256
 
