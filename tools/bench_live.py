@@ -416,7 +416,7 @@ def main() -> None:
 
 def protocol() -> dict[str, Any]:
     """What the rows have in common; rows of another protocol are measured anew."""
-    return measure.init_facts(load_init(None)) | {
+    return measure.module_facts(load_init(None)) | {
         "quarters": QUARTERS, "small_px": SMALL_PX, "useful_db": USEFUL_DB,
         "first_share": FIRST_SHARE, "fewest_pixels": FEWEST, "goal_db": GOAL_DB,
     }  # fmt: skip

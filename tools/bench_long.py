@@ -67,7 +67,7 @@ def captures(paths: Sequence[Path], seconds: float, seed: int) -> Row:
             row["views"] = {c.name: psnrs(client, c) for c in opened[: number + 1]}
             stages.append(row)
             print(capture.name, {k: np.mean(list(v.values())) for k, v in row["views"].items()})
-    return measure.init_facts(load_init(None)) | {
+    return measure.module_facts(load_init(None)) | {
         "settings": settings, "stages": stages, "map_problems": running.problems,
         "changed_versions": changed([s["digests"] for s in stages]), "lost": lost(stages),
         "machine": measure.machine(),
@@ -140,7 +140,7 @@ def flight(path: Path, frames: int, rate_hz: float, seconds: float, seed: int) -
         figures = evaluate(capture, render, "test")
         status = client.status()
         shape = shapes(path, capture, renders)
-    return measure.init_facts(load_init(None)) | {
+    return measure.module_facts(load_init(None)) | {
         "flight": city(path), "frames": len(capture), "sent": sent,
         "rate_hz": rate_hz, "settings": settings,
         "counts": {k: status["streams"][0][k] for k in ("accepted", "redundant", "rejected")},

@@ -61,6 +61,9 @@ PEERS = {
 """dB at CPU seconds on two cores of another machine. The plane sketch: one network of feature
 planes in eager PyTorch from a random start, all frames at once."""
 
+MEASURED = ROOT / "tools/results/peers.json"
+"""What `python -m tools.peers` measured."""
+
 MARKS = "15,30,60,120,240"
 HORIZON_S = 240.0
 """The budget is that of a run to this mark also when the last mark comes earlier."""
@@ -69,9 +72,19 @@ SURFACE_CELL_M = 1.0
 Row = dict[str, Any]
 
 
+def peers() -> dict[str, dict[str, dict[int, float]]]:
+    """Capture -> trainer -> dB at CPU seconds: `PEERS`, and those that were measured here."""
+    out = {capture: dict(levels) for capture, levels in PEERS.items()}
+    if MEASURED.exists():
+        for run in json.loads(MEASURED.read_text(encoding="utf-8"))["runs"]:
+            levels = {round(row["mark_s"]): round(row["psnr"], 2) for row in run["rows"]}
+            out.setdefault(run["capture"], {})[f"{run['peer']} on this machine"] = levels
+    return out
+
+
 def protocol() -> Row:
     """What the runs have in common; runs of another protocol are measured anew."""
-    return measure.init_facts(load_init(None)) | {
+    return measure.module_facts(load_init(None)) | {
         "settings": settings(
             "1.5 x the last mark, at least the horizon / frames sent", "the run's"
         ),
@@ -178,7 +191,7 @@ def shapes(path: Path, capture: Capture, renders: Sequence[Render]) -> Row:
 
 def say(name: str, fold: int | None, row: Row) -> None:
     """One mark in words, as it comes."""
-    peer = best_peer(PEERS.get(name, {}), row["mark_s"]) if fold is None else None
+    peer = best_peer(peers().get(name, {}), row["mark_s"]) if fold is None else None
     split = "own split" if fold is None else f"fold {fold}"
     print(
         f"{name}, {split}, {row['mark_s']:.0f} s: {row['psnr']:.2f} dB, known {row['known']:.3f}, "
@@ -244,7 +257,7 @@ def plot(runs: Sequence[Row], path: Path) -> None:
             else:
                 axes.plot(marks, values, "x", color="C2", label=f"fold {run['fold']}")
         for (peer, levels), colour in zip(
-            PEERS.get(name, {}).items(), ("C1", "C4", "C3"), strict=False
+            peers().get(name, {}).items(), ("C1", "C4", "C3", "C5"), strict=False
         ):
             axes.plot(list(levels), list(levels.values()), "s--", color=colour, label=peer)
         axes.set(title=name, xlabel="CPU seconds", ylabel="held-out PSNR (dB)")
@@ -279,7 +292,7 @@ def main() -> None:
             load = measure.machine()
             done = run(path, marks, fold, args.seed) | {"machine": load}
             results["runs"] = [r for r in results["runs"] if r not in same] + [done]
-            results |= {"peers": PEERS, "summary": summarise(results["runs"])}
+            results |= {"peers": peers(), "summary": summarise(results["runs"])}
             write_json(args.out, results)
             plot(results["runs"], args.out.with_suffix(".png"))
     print("\n\n".join("\n".join(lines) for lines in tables(results)))

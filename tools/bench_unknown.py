@@ -37,7 +37,7 @@ from mclnf_edge.inference.renderer import Renderer  # noqa: E402
 from mclnf_edge.mapping.initialization import load_init  # noqa: E402
 from mclnf_edge.mapping.mapper import Mapper  # noqa: E402
 from mclnf_edge.types import Frame, Render  # noqa: E402
-from tools.measure import find, init_facts, open_results, save  # noqa: E402
+from tools.measure import find, module_facts, open_results, save  # noqa: E402
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -173,7 +173,7 @@ def measure(flight: Flight, block: int, steps: int, known_views: int) -> dict[st
 
 def protocol() -> dict[str, Any]:
     """What the rows have in common; rows of another protocol are measured anew."""
-    return init_facts(load_init(None)) | {
+    return module_facts(load_init(None)) | {
         "seed": ServeConfig().adapt.seed, "views": f"1/{SHRINK} of their width", "slack": SLACK
     }  # fmt: skip
 

@@ -19,6 +19,7 @@ import torch
 
 import mclnf_edge
 from mclnf_edge.mapping.initialization import Initialization, SignalInitialization
+from mclnf_edge.mapping.optimizer import COARSE_STEPS, SAMPLES
 from mclnf_edge.report import write_json
 from meta_trainer.evaluate import bootstrap
 
@@ -62,6 +63,11 @@ def open_results(path: Path, protocol: dict[str, Any], rows: str = "rows") -> di
 def init_facts(init: Initialization | SignalInitialization) -> dict[str, Any]:
     """What modules began from: the file's digest, and which real captures it was learned on."""
     return {"init": init.digest, "real_captures_seen_by_init": init.meta.get("real_captures")}
+
+
+def module_facts(init: Initialization) -> dict[str, Any]:
+    """The same of a map's modules, and how finely their rays are followed."""
+    return init_facts(init) | {"samples_a_ray": SAMPLES, "coarse_steps": COARSE_STEPS}
 
 
 def find(results: dict[str, Any], **key: Any) -> dict[str, Any] | None:

@@ -95,7 +95,7 @@ def main() -> int:
 
 def protocol(init: Initialization) -> dict[str, Any]:
     """What the rows have in common; rows of another protocol are measured anew."""
-    return measure.init_facts(init) | {
+    return measure.module_facts(init) | {
         "tasks": TASKS,
         "steps": STEPS,
         "rays_per_step": {"fast field": 2048, "MLP": RAYS},

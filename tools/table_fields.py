@@ -32,7 +32,6 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mclnf_edge.mapping.initialization import load_init  # noqa: E402
-from mclnf_edge.mapping.optimizer import SAMPLES  # noqa: E402
 from mclnf_edge.maths.fields import Field, NerfMlp, Params, Tap, linear  # noqa: E402
 from mclnf_edge.maths.fields import count as count_parameters  # noqa: E402
 from mclnf_edge.maths.metrics import psnr  # noqa: E402
@@ -299,8 +298,8 @@ def main() -> int:
     torch.set_num_threads(1)
     results = measure.open_results(
         options.out,
-        measure.init_facts(load_init(None))
-        | {"marks_s": MARKS_S, "steps": STEPS, "search_s": SEARCH_S, "samples_a_ray": SAMPLES,
+        measure.module_facts(load_init(None))
+        | {"marks_s": MARKS_S, "steps": STEPS, "search_s": SEARCH_S,
            "test_pictures": f"1/{SHRINK} of their width, exposure {measure.EXPOSURE}"},
     )  # fmt: skip
     for capture in options.captures:

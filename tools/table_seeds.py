@@ -67,8 +67,10 @@ def main() -> int:
     """Measure what is missing, write after each row, print the table."""
     options = measure.arguments(__doc__, "table_seeds.json")
     init = load_init(None)
-    protocol = {"init": init.digest, "steps": STEPS, "test_pictures": f"1/{SHRINK} of their width",
-                "runs": measure.RUNS, "shipped": constants()}  # fmt: skip
+    protocol = measure.module_facts(init) | {
+        "steps": STEPS, "test_pictures": f"1/{SHRINK} of their width", "runs": measure.RUNS,
+        "shipped": constants(),
+    }  # fmt: skip
     results = measure.open_results(options.out, protocol)
     for seed, fold in measure.RUNS[: options.runs]:
         for capture in options.captures:

@@ -72,7 +72,7 @@ def main() -> int:
 
 def protocol(init: Initialization) -> dict[str, Any]:
     """What the rows have in common; rows of another protocol are measured anew."""
-    return measure.init_facts(init) | {
+    return measure.module_facts(init) | {
         "steps": STEPS,
         "rates": "the defaults, falling tenfold over these steps",
         "test_pictures": f"1/{SHRINK} of their width, exposure {measure.EXPOSURE}",
