@@ -1,7 +1,8 @@
 """What modules start from, and how bright a view is shown: `python tools/table_seeds.py`.
 
 Every setting of the sweep (`engine/surface.py`, `mapping/structure.py`) seeds the modules of a
-capture's train frames anew; they take the same steps from the shipped initialization. Run r has a
+capture's train frames anew; they take the same steps from the shipped initialization. How finely
+rays are followed (`mapping/optimizer.py`) is changed in steps and pictures alike. Run r has a
 seed and a split of its own (`measure.RUNS`). With the shipped settings the exposure of each
 held-out view is also told in other ways, and each train frame's gain from the other frames.
 Stopped and started again it goes on. Writes table_seeds.json.
@@ -10,6 +11,7 @@ Stopped and started again it goes on. Writes table_seeds.json.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +24,8 @@ from numba import njit
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mclnf_edge.engine import surface  # noqa: E402
-from mclnf_edge.mapping import structure  # noqa: E402
+from mclnf_edge.inference import renderer  # noqa: E402
+from mclnf_edge.mapping import optimizer, structure  # noqa: E402
 from mclnf_edge.mapping.exposures import Taken, predict  # noqa: E402
 from mclnf_edge.mapping.frames import HeldFrame  # noqa: E402
 from mclnf_edge.mapping.initialization import Initialization, load_init  # noqa: E402
@@ -56,6 +59,10 @@ SETTINGS: dict[str, dict[str, float]] = {
     "edge: at the 95th": {"_HIGH_GROUND": 95},
     "edge: two pictures agree": {"AGREEING": 2},
     "edge: however many agree": {"AGREEING": NEVER},
+    "rays: 6 samples out of 48 steps": {"SAMPLES": 6, "COARSE_STEPS": 48},
+    "rays: 16 out of 48": {"COARSE_STEPS": 48},
+    "rays: 10 out of 96": {"SAMPLES": 10},
+    "rays: 24 out of 96": {"SAMPLES": 24},
 }
 SHIPPED = "shipped"
 TOLD = ("told", "interpolated", "zero", "fitted")
@@ -92,29 +99,34 @@ def main() -> int:
 def constants() -> dict[str, float]:
     """The shipped values of all that a setting changes."""
     names = sorted({name for values in SETTINGS.values() for name in values} - {"known_views"})
-    return {name: float(getattr(_home(name), name)) for name in names}
+    return {name: float(getattr(_homes(name)[0], name)) for name in names}
 
 
 @contextmanager
 def changed(values: dict[str, float]) -> Iterator[None]:
-    """The sweep with other constants; it is compiled again with them and kept nowhere."""
-    before = {name: getattr(_home(name), name) for name in values}
+    """Other constants; a sweep that has some is compiled again, and kept nowhere."""
+    before = {name: getattr(_homes(name)[0], name) for name in values}
     compiled = surface.sweep
     try:
-        for name, value in values.items():
-            setattr(_home(name), name, value)
+        _set(values)
         if values.keys() & {"DOUBT", "OCCLUDED", "NO_VIEWS"}:
             options = {**surface._SAME, "cache": False}
             surface.sweep = njit(**options)(compiled.py_func)
         yield
     finally:
-        for name, value in before.items():
-            setattr(_home(name), name, value)
+        _set(before)
         surface.sweep = compiled
 
 
-def _home(name: str) -> Any:
-    return surface if hasattr(surface, name) else structure
+def _set(values: dict[str, float]) -> None:
+    for name, value in values.items():
+        for home in _homes(name):
+            setattr(home, name, value)
+
+
+def _homes(name: str) -> list[Any]:
+    """The modules that know a constant."""
+    return [m for m in (surface, structure, optimizer, renderer) if hasattr(m, name)]
 
 
 def adapt(
@@ -124,12 +136,15 @@ def adapt(
     with changed({name: value for name, value in values.items() if name != "known_views"}):
         episode = Episode(path, None, fold=fold)
         episode.restart(init.mlp, seed)
+        began = time.process_time()
         episode.steps(STEPS)
+        spent = time.process_time() - began
         assert episode.mapper.pool is not None
         episode.mapper.pool.known_views = int(values.get("known_views", 1))
         scores = episode.score(SHRINK)
     names = [f.name for f in episode.test]
     row: dict[str, Any] = {"psnr": {n: round(v, 3) for n, v in zip(names, scores, strict=True)}}
+    row["steps_cpu_s"] = round(spent, 2)
     if not values:
         frames = sorted(episode.mapper.frames.values(), key=lambda f: f.timestamp)
         row["exposure_psnr"] = {way: shown_with(episode, frames, way) for way in TOLD}
