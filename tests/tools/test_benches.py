@@ -243,12 +243,19 @@ def test_shares_of_the_unknown_are_measured_once_and_say_what_with(
     assert kept["machine"]["torch"]
 
 
-def test_the_best_peer_at_a_mark_is_named() -> None:
+def test_the_best_peer_at_a_mark_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     peers = {"a": {"15": 14.0, "60": 19.0}, "b": {"15": 15.0}}
     assert table_stream.best_peer(peers, 15.0) == ("b", 15.0)
     assert table_stream.best_peer(peers, 60.0) == ("a", 19.0)
     assert table_stream.best_peer(peers, 30.0) is None
     assert table_stream.best_peer(bench_stream.PEERS["boruszyn"], 60.0) == ("plane sketch", 19.47)
+    measured = {"peer": "x", "capture": "boruszyn", "rows": [{"mark_s": 60.0, "psnr": 30.004}]}
+    monkeypatch.setattr(bench_stream, "MEASURED", tmp_path / "peers.json")
+    assert bench_stream.peers() == bench_stream.PEERS
+    (tmp_path / "peers.json").write_text(json.dumps({"runs": [measured]}))
+    here = bench_stream.peers()["boruszyn"]
+    assert table_stream.best_peer(here, 60.0) == ("x on this machine", 30.0)
+    assert here.keys() - {"x on this machine"} == bench_stream.PEERS["boruszyn"].keys()
 
 
 def test_blocks_that_never_became_useful_count_as_infinitely_slow() -> None:

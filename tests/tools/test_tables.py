@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ torch = pytest.importorskip("torch")
 
 from mclnf_edge.config import ServeConfig  # noqa: E402
 from mclnf_edge.engine import surface  # noqa: E402
+from mclnf_edge.engine.field import Layout  # noqa: E402
 from mclnf_edge.mapping import mapper as mapping  # noqa: E402
 from mclnf_edge.mapping.initialization import load_init  # noqa: E402
 from mclnf_edge.mapping.modules import Cell, Module, ModulePool  # noqa: E402
@@ -26,12 +28,13 @@ from tools import (  # noqa: E402
     measure,
     streams,
     table_continual,
+    table_fields,
     table_flown,
     table_seeds,
     table_weights,
 )
 from tools.field_stream import compose  # noqa: E402
-from tools.tasks import cut, first_hit, task_map  # noqa: E402
+from tools.tasks import cut, first_hit, targets, task_map  # noqa: E402
 
 CAMERA = Camera(40, 20, 20.0, 20.0, 20.0, 10.0)
 LOOKING_DOWN = np.array([[1.0, 0, 0, 10], [0, 1, 0, 5], [0, 0, 1, 10], [0, 0, 0, 1]])
@@ -138,6 +141,91 @@ def test_the_digest_sees_one_changed_number_and_close_keeps_it() -> None:
     assert streams.digest(pool, module.slot) == before
     pool.features[module.slot, 5] += np.float32(1e-3)
     assert streams.digest(pool, module.slot) != before
+
+
+def episode_of(frames: list[Any], *, tied: bool) -> streams.StreamEpisode:
+    """A stream over frames in memory, none of which has come yet."""
+    episode = object.__new__(streams.StreamEpisode)
+    config = replace(flights.ADAPT, passes=1000.0)
+    episode.train = frames
+    episode.mapper = streams.StreamMapper(
+        replace(ServeConfig().map, cell_size_m=flights.CELL_M), flights.FIELD, config, flights.INIT
+    )
+    episode.mapper.tied = tied
+    return episode
+
+
+def test_frames_come_with_the_first_task_that_they_see() -> None:
+    held = [SimpleNamespace(id=i, tiles=dict.fromkeys(cells)) for i, cells in
+            enumerate([["a"], ["a", "b"], ["b"], ["c", "a"], ["d"]])]  # fmt: skip
+    mapper: Any = SimpleNamespace(frames={f.id: f for f in held})
+    runs: Any = [["a"], ["b", "c"]]
+    assert streams.arrivals(mapper, runs) == [[0, 1, 3], [2]]
+
+
+def test_what_comes_later_leaves_ended_tasks_and_the_one_mlp_as_they_are() -> None:
+    episode = episode_of(flights.flight().frames, tied=True)
+    mapper = episode.mapper
+    episode.hold(range(4))
+    pool, first = mapper.pool, sorted(mapper.modules)[0]
+    assert isinstance(pool, ModulePool)
+    streams.learn(mapper, targets(mapper, [first]), 3)
+    mlp = pool.weights[mapper.modules[first].slot].copy()
+    assert not np.array_equal(mlp, flights.INIT)
+    planes = pool.features[mapper.modules[first].slot].copy()
+    others = {c: pool.features[m.slot].copy() for c, m in mapper.modules.items() if c != first}
+    before = set(mapper.modules)
+    mapper.done.add(first)
+    episode.hold(range(4, 8))
+    assert set(mapper.modules) > before or any(
+        not np.array_equal(pool.features[mapper.modules[c].slot], f) for c, f in others.items()
+    ), "the later frames taught nothing"
+    open_ = mapper.learning()
+    for module in open_:
+        np.testing.assert_array_equal(pool.weights[module.slot], mlp)
+    assert np.ptp(pool.adam_steps[[m.row for m in open_]]) == 0 < pool.adam_steps[open_[0].row]
+    learned = pool.fisher[mapper.modules[first].row] > 0
+    assert learned.any()
+    now = pool.features[mapper.modules[first].slot]
+    np.testing.assert_array_equal(now[learned], planes[learned])
+
+
+def test_modules_in_turn_are_closed_and_stay_and_their_frames_go() -> None:
+    episode = episode_of(flights.flight().frames, tied=False)
+    whole = episode_of(flights.flight().frames, tied=False)
+    whole.hold(range(8))
+    cells = sorted(whole.mapper.modules)
+    runs = [cells[: len(cells) // 2], cells[len(cells) // 2 :]]
+    frames = streams.arrivals(whole.mapper, runs)
+    assert sorted(sum(frames, [])) == list(range(8))
+    tasks = streams.in_turn(episode, runs, frames)
+    seen: list[int] = []
+    closed = streams.modules(episode.mapper, runs, tasks, [3, 3], seen.append)
+    assert seen == [0, 1] and closed.changed == [] and len(closed.digests) >= len(cells) - 1
+    assert closed.let_go == 8 and not episode.mapper.frames
+
+
+def test_the_hash_grid_and_the_planes_of_the_table_are_what_they_say() -> None:
+    generator = torch.Generator().manual_seed(0)
+    layout = Layout.of().planes
+    planes = table_fields.Planes(1.0)
+    assert planes.shapes == [tuple(row) for row in layout[:, :4].tolist()]
+    coords = torch.cat([2 * torch.rand(9, 3, generator=generator) - 1, torch.zeros(9, 3)], 1)
+    for field in (planes, table_fields.HashGrid(size=500, finest=40, levels=3)):
+        found = field(field.init(generator), coords)
+        assert found.shape == (9, 4) and (found >= 0).all() and (found[:, :3] <= 1).all()
+    grid = table_fields.HashGrid(size=500, finest=40, levels=3, coarsest=4)
+    assert grid.widths[0] == 4 and grid.widths[-1] == 40 and grid.entries == 125 + 500 + 500
+    corners = torch.cartesian_prod(*[torch.arange(5)] * 3)
+    assert len(set(grid.entry(corners, 4, 125).tolist())) == 125, "all corners fit, none is shared"
+    hashed = grid.entry(torch.cartesian_prod(*[torch.arange(41)] * 3), 40, 500)
+    assert hashed.min() >= 0 and hashed.max() < 500 and len(set(hashed.tolist())) == 500
+    table = torch.rand(125, 4, generator=generator)
+    at = torch.tensor([[0.25, 0.5, 0.75], [0.25, 0.5, 0.875]])
+    on, between = grid._level(table, at, 4)
+    torch.testing.assert_close(on, table[grid.entry(torch.tensor([[1, 2, 3]]), 4, 125)][0])
+    above = table[grid.entry(torch.tensor([[1, 2, 4]]), 4, 125)][0]
+    torch.testing.assert_close(between, 0.5 * (on + above))
 
 
 def test_one_network_moves_every_copy_of_its_mlp_by_the_summed_gradient() -> None:
