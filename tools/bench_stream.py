@@ -78,7 +78,7 @@ def peers() -> dict[str, dict[str, dict[int, float]]]:
     if MEASURED.exists():
         for run in json.loads(MEASURED.read_text(encoding="utf-8"))["runs"]:
             levels = {round(row["mark_s"]): round(row["psnr"], 2) for row in run["rows"]}
-            out.setdefault(run["capture"], {})[f"{run['peer']} on this machine"] = levels
+            out.setdefault(run["capture"], {})[f"{run['peer']} (tools.peers)"] = levels
     return out
 
 

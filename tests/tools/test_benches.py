@@ -254,8 +254,8 @@ def test_the_best_peer_at_a_mark_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     assert bench_stream.peers() == bench_stream.PEERS
     (tmp_path / "peers.json").write_text(json.dumps({"runs": [measured]}))
     here = bench_stream.peers()["boruszyn"]
-    assert table_stream.best_peer(here, 60.0) == ("x on this machine", 30.0)
-    assert here.keys() - {"x on this machine"} == bench_stream.PEERS["boruszyn"].keys()
+    assert table_stream.best_peer(here, 60.0) == ("x (tools.peers)", 30.0)
+    assert here.keys() - {"x (tools.peers)"} == bench_stream.PEERS["boruszyn"].keys()
 
 
 def test_blocks_that_never_became_useful_count_as_infinitely_slow() -> None:
