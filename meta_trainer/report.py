@@ -386,14 +386,15 @@ def row_label(rows: Sequence[Row], dataset: str) -> str:
 def _panels(rows: Sequence[Row], out: Path, path: Path) -> list[str]:
     """Truth and each method's reconstructions at every mark with its PSNR in dB, best in bold.
 
-    One row per method.
+    One row per method. Where `panels/` is gone, what was made of it before stays.
     """
     from matplotlib.figure import Figure
     from matplotlib.image import imread
 
     shown = [r for r in rows if r.get("panel") and (out / "panels" / r["panel"]).is_dir()]
+    link = [f"![panels]({path.relative_to(out)})", ""]
     if not shown:
-        return []
+        return link if path.is_file() else []
     runs = (json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines())
     own = {run["key"]: run["curve"] for run in runs}
     marks = [*shown[0]["curve"], "truth"]
@@ -409,7 +410,7 @@ def _panels(rows: Sequence[Row], out: Path, path: Path) -> list[str]:
             bold = "bold" if mark == best else "normal"
             axis.set_title(f"{row['method']}\n{told}", fontsize=6, fontweight=bold)
     figure.savefig(path, dpi=110)
-    return [f"![panels]({path.relative_to(out)})", ""]
+    return link
 
 
 def _html(markdown: str, out: Path) -> str:

@@ -493,6 +493,8 @@ def test_report_has_tables_curves_and_panels(root: Path, out: Path) -> None:
     text = page.read_text()
     assert '<h2 id="table1-smoke-faces">' in text and 'href="#table1-smoke-faces"' in text
     assert text.count("data:image/png;base64,") >= 2 and text.count("data:image/jpeg;base64,") >= 1
+    shutil.rmtree(out / "panels")
+    assert write_report(out)[0].read_text().count("data:image/jpeg;base64,") >= 1, "made before"
     (out / "table1-smoke.json").write_text('{"target": "table1", "rows": []}')
     with pytest.raises(ConfigError, match="another version"):
         write_report(out)
