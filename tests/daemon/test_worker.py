@@ -40,7 +40,7 @@ def test_steps_get_their_share_of_the_time_while_frames_keep_coming(tmp_path: Pa
     config = ServeConfig(
         map=MapConfig(cell_size_m=flights.CELL_M),
         field=flights.FIELD,
-        adapt=replace(flights.ADAPT, passes=100.0),
+        adapt=replace(flights.ADAPT, passes=100.0, rays_per_step=512),
     )
     frames = flights.flight().frames
     with MapStore.open(tmp_path / "map", meta={"init": "0"}) as store:

@@ -35,5 +35,5 @@ def test_rates_are_those_of_the_median_round() -> None:
     row = bench_engines.rates(episode, [(1.0, 2.0), (4.0, 8.0), (2.0, 3.0)], 10)
     samples = 10 * 100 * bench_engines.SAMPLES
     assert row["samples_per_s"] == samples / 2
-    assert row["samples_per_cpu_s"] == pytest.approx(samples / 3)
+    assert row["samples_per_cpu_s"] == pytest.approx(samples / 3, abs=0.5), "whole samples"
     assert row["step_cpu_ms"] == 300.0
