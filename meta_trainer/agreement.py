@@ -101,7 +101,7 @@ def explanations(rows: Sequence[Row], tried: Sequence[Row], dataset: str) -> Ite
             continue
         changes = _tries(pair, tried)
         good = [t.told for t in changes if pair.printed * t.difference > 0]
-        fewest = min(map(len, good), default=0)
+        fewest, settled = min(map(len, good), default=0), True
         if good:
             told = "in order with " + _or(t for t in good if len(t) == fewest)
         elif undecided(pair.a, pair.b):
@@ -109,9 +109,8 @@ def explanations(rows: Sequence[Row], tried: Sequence[Row], dataset: str) -> Ite
         elif any(t.level for t in changes):
             told = "level (undecided) with " + _or(t.told for t in changes if t.level)
         else:
-            told = ""
-        unsettled = f"not with any of {len(changes)} changes"
-        yield Explanation(f"{named(pair.a)} / {named(pair.b)}: {told or unsettled}", bool(told))
+            told, settled = f"not with any of {len(changes)} changes", False
+        yield Explanation(f"{named(pair.a)} / {named(pair.b)}: {told}", settled)
 
 
 def _tries(pair: Pair, tried: Sequence[Row]) -> list[Try]:

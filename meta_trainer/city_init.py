@@ -137,7 +137,10 @@ class Episode:
     def empty_map(
         self, cell_m: float | Literal["auto"], mlp: F32 | None = None, threads: int = 1
     ) -> Mapper:
-        """A mapper with the daemon's defaults whose budgets count rays, no frame held yet."""
+        """A mapper with the daemon's defaults whose budgets count rays, no frame held yet.
+
+        `mlp` (MLP_SIZE,) is what its modules start from, None: random.
+        """
         config = ServeConfig()
         adapt = replace(config.adapt, budget_s_per_frame=_ENDLESS_S)
         return self.make_mapper(

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -125,10 +125,9 @@ class StreamEpisode(Episode):
         """The same capture with the same cells, and a map to which no frame has come yet."""
         whole, other = self.mapper, copy(self)
         assert whole.pool is not None
-        mapper = self.make_mapper(
-            replace(whole.config, cell_size_m=whole.pool.cell_m), whole.field,
-            replace(whole.adapt, seed=seed, passes=_PASSES), mlp, threads=whole.threads,
-        )  # fmt: skip
+        mapper = cast(StreamMapper, self.empty_map(whole.pool.cell_m, mlp, whole.threads))
+        mapper.optimizer.restart(replace(mapper.adapt, seed=seed, passes=_PASSES))
+        mapper.random = np.random.default_rng(seed)
         mapper.origins[0], mapper.tied, other.mapper = whole.origins[0], tied, mapper
         return other
 

@@ -209,14 +209,10 @@ class Stage:
         if name == "daemon":
             mapper = self.episode.mapper
             mapper.drawn = self.drawn
-
-            def step() -> float:
-                report = mapper.step()
-                return math.nan if report is None else float(report.psnr or math.nan)
-
             pool: Any = mapper.pool
             size = len(self.cells) * int(pool.layout.size)
-            return {"parameters": size, "rays": RAYS} | self._learn(step, self._picture)
+            learned = self._learn(mapper.step, self._picture)
+            return {"parameters": size, "rays": RAYS} | learned
         chosen = self.candidates()[name]
         tried = {rate: self._search(chosen, rate) for rate in chosen.rates}
         rate = max(tried, key=lambda r: tried[r])
@@ -249,7 +245,7 @@ class Stage:
         return round(-10 * math.log10(mean), 2) if math.isfinite(mean) else -math.inf
 
     def _learn(
-        self, step: Callable[[], float], picture: Callable[[int], tuple[Any, Any, Any]]
+        self, step: Callable[[], object], picture: Callable[[int], tuple[Any, Any, Any]]
     ) -> dict[str, Any]:
         """PSNR of every held-out view at the marks in seconds and in steps."""
         at_seconds: dict[str, Any] = {}
