@@ -68,6 +68,7 @@ class Engine(ABC, Generic[T]):
         self.steps = 0
         self.plane_scale: F32 | None = None
         self._most_rays = 1 << 62
+        self._lost_rays = False
 
     @property
     def rays(self) -> int:
@@ -89,11 +90,19 @@ class Engine(ABC, Generic[T]):
 
         `gains` (R, 3) are the exposures' factors, `bands` (R, 2) the heights that hold matter,
         `reach` metres how far rays are followed, `decay` in [0, 1] how far the MLP's rate has
-        fallen (tenfold at 1). None when the device had no room for it: `rays` are fewer then.
+        fallen (tenfold at 1). None when the device had no room for it: `rays` are fewer then. Rays
+        without a finite colour become unused ones, in `rays`, `gains` and `bands` too.
         """
         n = len(rays.use)
         self.steps += 1
         traced, rgb = self._trace(pool, rays, bands, reach, site)
+        lost = np.asarray(~np.isfinite(rgb).all(1))
+        if lost.any():
+            self._stand_in(rays, gains, bands, lost)
+            traced, rgb = self._trace(pool, rays, bands, reach, site)
+            if not np.isfinite(rgb).all():
+                blank = np.zeros_like(gains)
+                return Fit(blank, blank, blank, np.ones(n, np.float32), np.nan)
         shown = rgb * gains
         residual = (shown - rays.truth) * rays.use[:, None]
         mse = float((residual**2).mean() / max(rays.use.mean(), 1e-6))
@@ -103,6 +112,21 @@ class Engine(ABC, Generic[T]):
         weights = self.weigh(pool, traced, d_rgb)
         self._update(pool, traced, d_rgb, weights, decay)
         return Fit(residual, capped, shown, weights, mse)
+
+    def _stand_in(self, rays: Rays, gains: F32, bands: F32, lost: npt.NDArray[np.bool_]) -> None:
+        """Put another ray, unused, in the place of each that is `lost` (R,): it has no finite
+        colour, and through the batch's mean it would spoil every module that learns.
+        """
+        if not self._lost_rays:  # a damaged module has some in every step
+            log.error(
+                "%d of %d rays have no finite colour: not learned from", lost.sum(), len(lost)
+            )
+        self._lost_rays = True
+        rays.use[lost] = 0
+        if not lost.all():
+            kept = int(np.flatnonzero(~lost)[0])
+            for part in (rays.origins, rays.directions, gains, bands):
+                part[lost] = part[kept]
 
     def weigh(self, pool: ModulePool, traced: T, d_rgb: F32) -> F32:
         """Weights (R,) of the rays (Eq. 3); `adapt.weighting` says what stands for information."""

@@ -294,3 +294,22 @@ def test_an_initialization_of_another_kind_is_refused(tmp_path: Path) -> None:
     other = replace(SMALL_MLP, mlp_width=32)
     with pytest.raises(InitError, match=r"parameters \(field.kind mlp\), received"):
         Mapper(config.map, other, config.adapt, load_init(tmp_path / "mlp.pt").mlp, compute=TORCH)
+
+
+@pytest.mark.parametrize("compute", [KERNELS, TORCH], ids=lambda c: c.engine)
+def test_rays_without_a_finite_colour_spoil_no_other_module(compute: Compute) -> None:
+    m = flights.mapper(flights.flight().frames, compute=compute)
+    pool, modules = m.pool, m.learning()
+    assert pool is not None and len(modules) > 1
+    worst, *others = sorted(modules, key=lambda module: m.tiles[module.cell])
+    pool.weights[worst.slot] = np.nan
+    pool.refresh_transposed(np.array([worst.row]))
+    before = pool.weights.copy()
+    for _ in range(5):
+        report = m.step()
+        assert report is not None and np.isfinite(report.weights).all()
+    for module in others:
+        now = pool.weights[module.slot]
+        assert np.isfinite(now).all() and np.isfinite(pool.features[module.slot]).all()
+        assert not np.array_equal(now, before[module.slot]), "the others learn on"
+    assert m.psnr is not None and np.isfinite(m.psnr)
