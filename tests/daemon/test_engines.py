@@ -28,7 +28,8 @@ def test_a_flight_is_mapped_by_pytorch_and_served_by_the_kernels(
     tmp_path: Path, flight: Flight
 ) -> None:
     daemon = Daemon(tmp_path, "--device", "cpu")
-    daemon.config.write_text(CONFIG + "compute: {engine: torch}\n")
+    asked = "compute: {engine: torch}\nrender: {engine: learning}\n"  # auto may find ONNX faster
+    daemon.config.write_text(CONFIG + asked)
     daemon.start()
     try:
         with daemon.client("flight") as client:
