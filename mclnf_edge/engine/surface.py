@@ -110,7 +110,8 @@ def sweep(x0, y0, step, zs, pictures, P, cost):
                     values[i, iz], sees[i, iz] = 0, 0
                     if us[iz] < 0:
                         continue
-                    iu, iv = int(us[iz]), int(vs[iz])
+                    # what was compared above may be rounded otherwise than what is read here
+                    iu, iv = min(int(us[iz]), w - 2), min(int(vs[iz]), h - 2)
                     a, b, at = us[iz] - float32(iu), vs[iz] - float32(iv), iv * w + iu
                     f = (1 - b) * ((1 - a) * flat[i, at] + a * flat[i, at + 1])
                     f += b * ((1 - a) * flat[i, at + w] + a * flat[i, at + w + 1])

@@ -294,3 +294,15 @@ def test_density_is_solid_up_to_a_unit_above_the_surface() -> None:
     want = np.where(z - top[..., None] < unit, 2.0, 0.25)
     assert np.mean(grid3 == want) > 0.97  # the raster is bilinear, the blocks' walls are not
     assert set(np.unique(density)) == {np.float32(2.0), np.float32(0.25)}
+
+
+def test_nothing_is_read_beyond_the_last_picture() -> None:
+    size, step = 20, np.nextafter(np.float32(1), np.float32(0))
+    memory = np.full((3, size, size), np.nan, np.float32)  # the third is what lies beyond
+    memory[:2] = np.random.default_rng(0).random((size, size))
+    # both rows see x and y as they are; a place just before the last pixel, which float32 rounds up
+    P = np.tile(np.array([[1, 0, 0, 0.5], [0, 1, 0, 0.5], [0, 0, 0, 1]], np.float32), (2, 1, 1))
+    cost = np.empty((1, 1, 1), np.float32)
+    corner = np.float32(size - 1) - np.float32(0.5)
+    surface.sweep(np.float32(3), corner, step, np.zeros(1, np.float32), memory[:2], P, cost)
+    assert cost[0, 0, 0] == 0
