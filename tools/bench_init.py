@@ -12,7 +12,6 @@ initialization are measured anew. Writes bench_init.json and .png.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -197,38 +196,24 @@ def _done(entry: dict[str, Any], seeds: int) -> bool:
 
 
 def _open(path: Path, init: Initialization) -> dict[str, Any]:
-    """The results so far; those of another initialization lose their meta-learned runs."""
-    results: dict[str, Any] = {"captures": {}}
-    if path.exists():
-        results = json.loads(path.read_text(encoding="utf-8"))
-        if results["init"]["sha256"] != init.digest:
-            for entry in results["captures"].values():
-                entry["meta"] = _fresh()
-                entry.pop("summary", None)
-    seen = init.meta.get("real_captures")
-    return results | {
-        "init": {"sha256": init.digest, "real_captures_seen": seen, "config": init.meta},
+    """The results so far with the same initialization and settings."""
+    protocol = measure.module_facts(init) | {
+        "init_config": init.meta,
+        "factors": FACTORS,
+        "tuned_on": f"train-frame loss after {TUNE_STEPS} steps, seed 0",
+        "test_pictures": f"1/{SHRINK} of their width, never sent to the mapper",
+        "rate_schedule": "by rays, no time budget",
+        "engine_threads": 1,
     }
+    results = measure.open_results(path, protocol, "captures")
+    return results | {"captures": results["captures"] or {}}
 
 
 def _save(path: Path, results: dict[str, Any]) -> None:
     for entry in results["captures"].values():
         entry["summary"] = summarise(entry)
-    results |= {
-        "meta_minus_random": compare(results["captures"]),
-        "machine": measure.machine(),
-        "protocol": {
-            "factors": FACTORS,
-            "tuned_on": f"train-frame loss after {TUNE_STEPS} steps, seed 0",
-            "test_pictures": f"1/{SHRINK} of their width, never sent to the mapper",
-            "rate_schedule": "by rays, no time budget",
-            "engine_threads": 1,
-        },
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    results["meta_minus_random"] = compare(results["captures"])
+    measure.save(path, results)
     if any(entry[start]["runs"] for entry in results["captures"].values() for start in STARTS):
         plot(results, path.with_suffix(".png"))
 

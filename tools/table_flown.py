@@ -104,8 +104,10 @@ def main() -> int:
     """Fly what is missing, write after each flight, print the table."""
     options = measure.arguments(__doc__, "table_flown.json")
     init = load_init(None)
-    protocol = {"init": init.digest, "steps_per_frame": STEPS, "every_s": EVERY_S,
-                "test_pictures": f"1/{SHRINK} of their width", "runs": measure.RUNS}  # fmt: skip
+    protocol = measure.module_facts(init) | {
+        "steps_per_frame": STEPS, "every_s": EVERY_S,
+        "test_pictures": f"1/{SHRINK} of their width", "runs": measure.RUNS,
+    }  # fmt: skip
     results = measure.open_results(options.out, protocol)
     for seed, fold in measure.RUNS[: options.runs]:
         for name in options.captures:

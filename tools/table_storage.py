@@ -35,7 +35,7 @@ def main() -> int:
     """Measure what is missing, write after each capture, print the table."""
     options = measure.arguments(__doc__, "table_storage.json")
     init = load_init(None)
-    results = measure.open_results(options.out, {"steps": STEPS, "init": init.digest})
+    results = measure.open_results(options.out, measure.module_facts(init) | {"steps": STEPS})
     for capture in options.captures:
         if measure.find(results, capture=capture) is None:
             results["rows"] += run(options.data / capture, init.mlp)
