@@ -5,8 +5,8 @@ frames are never sent; they are rendered at a third of their width with the expo
 from the frames around, from how bright the map is there and from their metadata. Both starts begin
 from the same seeded surfaces and painted colours, so step 0 already shows the scene. Each start has
 its own learning rate: both of the engine's rates times the factor of FACTORS with the best
-train-frame loss after TUNE_STEPS steps. Stopped and started again it goes on; what was measured with
-another initialization or other settings is measured anew. Writes bench_init.json and .png.
+train-frame loss after TUNE_STEPS steps. Stopped and started again it goes on; what was measured
+with another initialization or other settings is measured anew. Writes bench_init.json and .png.
 """
 
 from __future__ import annotations
