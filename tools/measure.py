@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 import mclnf_edge
+from mclnf_edge.engine import surface
 from mclnf_edge.mapping.initialization import Initialization, SignalInitialization
-from mclnf_edge.mapping.optimizer import COARSE_STEPS, SAMPLES
+from mclnf_edge.mapping.optimizer import COARSE_STEPS, SAMPLES, TRAINED_SAMPLES
 from mclnf_edge.report import write_json
 from meta_trainer.evaluate import bootstrap
 
@@ -66,8 +67,11 @@ def init_facts(init: Initialization | SignalInitialization) -> dict[str, Any]:
 
 
 def module_facts(init: Initialization) -> dict[str, Any]:
-    """The same of a map's modules, and how finely their rays are followed."""
-    return init_facts(init) | {"samples_a_ray": SAMPLES, "coarse_steps": COARSE_STEPS}
+    """The same of a map's modules, and how their rays are followed and surfaces found."""
+    return init_facts(init) | {
+        "samples_a_ray": SAMPLES, "coarse_steps": COARSE_STEPS, "trained_samples": TRAINED_SAMPLES,
+        "smoothing": [surface.WAYS, surface._SMALL, surface._LARGE],
+    }  # fmt: skip
 
 
 def find(results: dict[str, Any], **key: Any) -> dict[str, Any] | None:

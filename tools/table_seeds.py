@@ -24,6 +24,7 @@ from numba import njit
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mclnf_edge.engine import surface  # noqa: E402
+from mclnf_edge.engine.volume import ALL  # noqa: E402
 from mclnf_edge.inference import renderer  # noqa: E402
 from mclnf_edge.mapping import optimizer, structure  # noqa: E402
 from mclnf_edge.mapping.exposures import Taken, predict  # noqa: E402
@@ -46,11 +47,13 @@ SETTINGS: dict[str, dict[str, float]] = {
     "DOUBT 0.4": {"DOUBT": 0.4},
     "NO_VIEWS 0.15": {"NO_VIEWS": 0.15},
     "NO_VIEWS 1": {"NO_VIEWS": 1.0},
-    "smoothing 0.1 and 0.5": {"_SMALL": 0.1, "_LARGE": 0.5},
-    "smoothing 0.1 and 1": {"_SMALL": 0.1},
-    "smoothing 0.05 and 1": {"_SMALL": 0.05},
-    "smoothing 0.025 and 1": {"_SMALL": 0.025},
-    "smoothing 0.08 and 2": {"_LARGE": 2.0},
+    "smoothing along rows and columns alone, 0.06 and 0.75": {"WAYS": 4},
+    "the same, 0.08 and 1": {"WAYS": 4, "_SMALL": 0.08, "_LARGE": 1.0},
+    "smoothing 0.08 and 1": {"_SMALL": 0.08, "_LARGE": 1.0},
+    "smoothing 0.06 and 0.5": {"_LARGE": 0.5},
+    "smoothing 0.04 and 0.5": {"_SMALL": 0.04, "_LARGE": 0.5},
+    "smoothing 0.02 and 0.25": {"_SMALL": 0.02, "_LARGE": 0.25},
+    "16 views in colours and seen counts": {"_PAINT_VIEWS": 16},
     "32 views in the sweep": {"_SWEEP_VIEWS": 32},
     "96 columns along an edge": {"RASTER": 96},
     "known from 2 views on": {"known_views": 2},
@@ -63,6 +66,8 @@ SETTINGS: dict[str, dict[str, float]] = {
     "rays: 16 out of 48": {"COARSE_STEPS": 48},
     "rays: 10 out of 96": {"SAMPLES": 10},
     "rays: 24 out of 96": {"SAMPLES": 24},
+    "rays: all samples learned from": {"TRAINED_SAMPLES": ALL},
+    "rays: 5 learned from": {"TRAINED_SAMPLES": 5.0},
 }
 SHIPPED = "shipped"
 TOLD = ("told", "interpolated", "zero", "fitted")
@@ -106,16 +111,18 @@ def constants() -> dict[str, float]:
 def changed(values: dict[str, float]) -> Iterator[None]:
     """Other constants; a sweep that has some is compiled again, and kept nowhere."""
     before = {name: getattr(_homes(name)[0], name) for name in values}
-    compiled = surface.sweep
+    compiled = surface.sweep, surface.smooth
+    options = {**surface._SAME, "cache": False}
     try:
         _set(values)
         if values.keys() & {"DOUBT", "OCCLUDED", "NO_VIEWS"}:
-            options = {**surface._SAME, "cache": False}
-            surface.sweep = njit(**options)(compiled.py_func)
+            surface.sweep = njit(**options)(surface.sweep.py_func)
+        if "WAYS" in values:
+            surface.smooth = njit(**options)(surface.smooth.py_func)
         yield
     finally:
         _set(before)
-        surface.sweep = compiled
+        surface.sweep, surface.smooth = compiled
 
 
 def _set(values: dict[str, float]) -> None:

@@ -2,7 +2,7 @@
 
 `sweep` compares pictures along vertical columns (a plane sweep in world space, robust variance of
 locally normalised brightness over the views that may see a point), `smooth` regularises the costs
-along four directions (semi-global matching), `paint` writes the exposure-corrected mean colour of
+along eight directions (semi-global matching), `paint` writes the exposure-corrected mean colour of
 the views that see a surface point. None of it uses bounds, sparse points or poses from elsewhere.
 """
 
@@ -32,8 +32,13 @@ DOUBT, OCCLUDED = 0.2, 0.5
 """Squared distances from the mean at which a picture counts half in it, and above which it counts
 as one that sees something else."""
 
-_SMALL, _LARGE = 0.08, 1.0
+_SMALL, _LARGE = 0.06, 0.75
 """Costs of a step of one level between neighbouring columns, and of any other step."""
+
+WAYS = 8
+"""Directions along which costs are smoothed: both ways along rows, columns and diagonals."""
+
+_STEPS = np.array([(0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (-1, -1), (1, -1), (-1, 1)])
 
 NEAREST = 0.1
 """Metres before a camera's plane from which on a point can be seen."""
@@ -143,32 +148,39 @@ def sweep(x0, y0, step, zs, pictures, P, cost):
 
 @njit(**_SAME)
 def smooth(cost, small, large):
-    """Semi-global matching of (ny, nx, nz) costs along rows and columns, both ways."""
+    """Semi-global matching of (ny, nx, nz) costs along WAYS directions."""
     ny, nx, nz = cost.shape
     out = np.zeros_like(cost)
-    before, now = np.zeros(nz, np.float32), np.zeros(nz, np.float32)
-    for way in range(4):
-        lines, length = (ny, nx) if way < 2 else (nx, ny)
-        for line in range(lines):
-            least = float32(0)
-            for k in range(length):
-                at = k if way % 2 == 0 else length - 1 - k
-                iy, ix = (line, at) if way < 2 else (at, line)
+    line, before = np.zeros((nx, nz), np.float32), np.zeros((nx, nz), np.float32)
+    least, least_before = np.zeros(nx, np.float32), np.zeros(nx, np.float32)
+    for way in range(WAYS):
+        dy, dx = _STEPS[way]
+        for j in range(ny):
+            iy = j if dy >= 0 else ny - 1 - j
+            for i in range(nx):
+                ix = i if dx >= 0 else nx - 1 - i
+                from_x = ix - dx
+                begins = from_x < 0 or from_x >= nx or (dy != 0 and j == 0)
+                path = line if dy == 0 else before
+                cheapest = float32(0)
+                if not begins:
+                    cheapest = least[from_x] if dy == 0 else least_before[from_x]
                 m = float32(1e9)
                 for z in range(nz):
                     c = cost[iy, ix, z]
-                    if k > 0:
-                        best = min(before[z], least + large)
+                    if not begins:
+                        best = min(path[from_x, z], cheapest + large)
                         if z > 0:
-                            best = min(best, before[z - 1] + small)
+                            best = min(best, path[from_x, z - 1] + small)
                         if z < nz - 1:
-                            best = min(best, before[z + 1] + small)
-                        c += best - least
-                    now[z] = c
+                            best = min(best, path[from_x, z + 1] + small)
+                        c += best - cheapest
+                    line[ix, z] = c
                     m = min(m, c)
                     out[iy, ix, z] += c
-                before[:] = now
-                least = m
+                least[ix] = m
+            line, before = before, line
+            least, least_before = least_before, least
     return out
 
 
@@ -264,7 +276,7 @@ def paint(xs, ys, raster, x0, y0, inverse, seen, images, P, gains, color):
     """Mean exposure-corrected colour (ny, nx, 3) in [0, 1] of the surface at (xs, ys).
 
     `seen` (N, m, m) from `count_views` over the same square, `images` (N, H, W, 3) uint8, `gains`
-    (N, 3). Near views count more, with 1 / depth^4: a low pass keeps its detail when a high one
+    (N, 3). Near views count more, with 1 / depth^2: a low pass keeps its detail when a high one
     joins it. Where nobody saw the surface the colour is 0.45.
     """
     count, h, w, _ = images.shape
@@ -285,7 +297,7 @@ def paint(xs, ys, raster, x0, y0, inverse, seen, images, P, gains, color):
                     continue
                 iu, iv = int(u), int(v)
                 a, b = u - float32(iu), v - float32(iv)
-                near = (float32(100) / q) ** 4
+                near = (float32(100) / q) ** 2
                 weight += near
                 for c in range(3):
                     low = (1 - a) * images[i, iv, iu, c] + a * images[i, iv, iu + 1, c]

@@ -115,7 +115,8 @@ def gradients(traced: Traced, slopes: Slopes, weights: Tensor) -> Step:
     """Of all that learns, with ray weights (R,); through the networks and into the texels.
 
     What hardly counts, and rays without gradient or weight, are left out, as in `volume.backward`,
-    so that no texel is taken for seen.
+    so that no texel is taken for seen. Every other sample is learned from: that kernel's draw
+    would save nothing where all samples of a batch are computed at once.
     """
     n = traced.samples.t.shape[1]
     w = weights[traced.samples.ray]

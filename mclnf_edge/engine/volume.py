@@ -56,6 +56,9 @@ UNSEEN = 0.01
 """How much a module's answer counts that has not seen the place, beside one that has."""
 
 MOST = 4  # modules that can know one point
+ALL = 1e9
+"""As `most` of `backward`: every sample."""
+_OTHER = 1 << 32  # random numbers of a ray that none took for its samples
 _ONE = float32(1)
 
 
@@ -535,11 +538,15 @@ def _output_gradient(tape, i, e, d_sigma, g0, g1, g2, do):
 
 
 @njit(**JIT)
-def backward(scene, tape, transposed, d_rgb, r0, r1, samples, grad, d_weights, touched, queue):
+def backward(
+    scene, tape, transposed, d_rgb, r0, r1, samples, most, seed, grad, d_weights, touched, queue
+):  # fmt: skip
     """Add the parameter gradients of rays r0..r1 for dL/drgb `d_rgb` (R, 3).
 
     Frozen modules (owner -1) get none, and rays whose gradient is zero cost nothing: their texels
-    are not queued. Returns the number of texels queued.
+    are not queued. A sample of weight w is taken with the chance min(1, `most` w), at most `most`
+    of a ray on average, and counts the inverse of its chance: the gradient's mean stays what it
+    is (Russian roulette, drawn from `seed`). Returns the number of texels queued.
     """
     do = np.zeros(OUTPUTS, np.float32)
     dx = np.empty(INPUTS, np.float32)
@@ -551,6 +558,7 @@ def backward(scene, tape, transposed, d_rgb, r0, r1, samples, grad, d_weights, t
         if g0 == 0 and g1 == 0 and g2 == 0:
             continue
         after, behind = tape.left[r], float32(0)
+        state = _seed(seed, r + _OTHER)
         for back in range(tape.used[r]):
             i = r * samples + tape.used[r] - 1 - back
             d_sigma, lit = _sample_gradient(tape, i, g0, g1, g2, after, behind)
@@ -558,11 +566,19 @@ def backward(scene, tape, transposed, d_rgb, r0, r1, samples, grad, d_weights, t
             after += tape.weight[i]
             if tape.weight[i] < 1e-5 and abs(d_sigma) * tape.sigma[i] < 1e-9:
                 continue
+            times, chance = _ONE, most * tape.weight[i]
+            if chance < 1:
+                state = _next(state)
+                if _unit(state) >= chance:
+                    continue
+                times = _ONE / chance
             for e in range(tape.first[i], tape.last[i]):
                 row = scene.owner[tape.slot[e]]
                 if row < 0:
                     continue
-                _output_gradient(tape, i, e, d_sigma, g0, g1, g2, do)
+                _output_gradient(
+                    tape, i, e, times * d_sigma, times * g0, times * g1, times * g2, do
+                )
                 mlp_backward(
                     transposed, row * TRANSPOSED_SIZE, d_weights, row * MLP_SIZE,
                     tape.x, tape.h1, tape.h2, e, do, dx, d1, d2, zero,
@@ -631,8 +647,9 @@ def exact_scores(
     count = scene.feature_count
     for r in range(r0, r1):
         n = backward(
-            scene, tape, transposed, d_rgb, r, r + 1, samples, grad, d_weights, touched, queue
-        )
+            scene, tape, transposed, d_rgb, r, r + 1, samples, float32(ALL), 0,
+            grad, d_weights, touched, queue,
+        )  # fmt: skip
         total = float32(0)
         for i in range(n):
             k = queue[i]
@@ -660,6 +677,7 @@ def exact_scores(
 
 
 __all__ = [
+    "ALL",
     "B3",
     "FAR",
     "MARGIN",

@@ -560,6 +560,7 @@ class Mapper:
         began = time.perf_counter()
         held = list(self.frames.values())
         pick = self.random.integers(0, len(tile), self.optimizer.rays)
+        pick = pick[np.argsort(row[pick], kind="stable")]  # a module's parameters stay in cache
         drawn, place = np.unique(frame_of[pick], return_inverse=True)
         frames, which = [held[i] for i in drawn], place.astype(np.int32)
         rays, gains, bands = self.batch(frames, which, tile[pick], self.random)

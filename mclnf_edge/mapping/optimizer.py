@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 COARSE_STEPS = 96
 SAMPLES = 16
 UNIFORM = 0.05
+TRAINED_SAMPLES = 10.0
+"""About so many samples of a ray at most are learned from: `volume.backward`'s `most`."""
 _FEWEST_RAYS = 256
 
 
@@ -268,8 +270,8 @@ class Optimizer(Engine[volume.Scene]):
             return int(
                 volume.backward(
                     traced, tape, pool.transposed.reshape(-1), d_rgb, a, b, SAMPLES,
-                    pool.gradient[i].reshape(-1), pool.weight_gradient[i].reshape(-1),
-                    pool.touched[i], pool.queue[i],
+                    np.float32(TRAINED_SAMPLES), self._seed, pool.gradient[i].reshape(-1),
+                    pool.weight_gradient[i].reshape(-1), pool.touched[i], pool.queue[i],
                 )
             )  # fmt: skip
 

@@ -33,7 +33,7 @@ RASTER = 64
 
 _PAD = 4  # columns beyond each border, so that the smoothing has no seam
 _SWEEP_VIEWS = 16
-_PAINT_VIEWS = 16
+_PAINT_VIEWS = 32
 _NEAR_HEIGHTS = 2.5  # ground nearer than this many flying heights belongs to inner cells
 _FAR_HEIGHTS = 40.0  # beyond this there is no telling ground from sky
 _WORTH_FRAMES = 0.5  # whole frames' worth of tiles before a cell gets a module of its own

@@ -66,12 +66,13 @@ def forward(
 
 
 def backward(
-    pool: ModulePool, scene: volume.Scene, tape: volume.Tape, d_rgb: Any, a: int, b: int, i: int = 0
-) -> int:
+    pool: ModulePool, scene: volume.Scene, tape: volume.Tape, d_rgb: Any, a: int, b: int,
+    i: int = 0, most: float = volume.ALL, seed: int = 0,
+) -> int:  # fmt: skip
     """The backward kernel on rays a..b into thread i's arrays; the number of texels queued."""
     return int(
         volume.backward(
-            scene, tape, pool.transposed.reshape(-1), d_rgb, a, b, SAMPLES,
+            scene, tape, pool.transposed.reshape(-1), d_rgb, a, b, SAMPLES, np.float32(most), seed,
             pool.gradient[i].reshape(-1), pool.weight_gradient[i].reshape(-1),
             pool.touched[i], pool.queue[i],
         )

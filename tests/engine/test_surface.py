@@ -137,18 +137,19 @@ def test_smoothing_takes_the_cheapest_path() -> None:
     """Against the recursion of semi-global matching, written out in float64."""
     cost = np.random.default_rng(0).uniform(0, 1, (5, 6, 4)).astype(np.float32)
     small, large = 0.1, 0.5
+    ny, nx, nz = cost.shape
     want = np.zeros(cost.shape)
-    for axis in (0, 1):
-        for way in (1, -1):
-            c = np.moveaxis(cost.astype(np.float64), axis, 0)[::way]
-            path = [c[0]]
-            for line in c[1:]:
-                b = path[-1]
-                least = b.min(-1, keepdims=True)
-                up = np.pad(b, ((0, 0), (1, 0)), constant_values=np.inf)[:, :-1] + small
-                down = np.pad(b, ((0, 0), (0, 1)), constant_values=np.inf)[:, 1:] + small
-                path.append(line + np.minimum.reduce([b, up, down, least + large + 0 * b]) - least)
-            want += np.moveaxis(np.stack(path)[::way], 0, axis)
+    for dy, dx in [(j, i) for j in (-1, 0, 1) for i in (-1, 0, 1) if (j, i) != (0, 0)]:
+        path = np.full((ny + 2, nx + 2, nz), np.nan)  # with a border that no path comes from
+        for iy in range(ny)[:: -1 if dy < 0 else 1]:
+            for ix in range(nx)[:: -1 if dx < 0 else 1]:
+                b = path[1 + iy - dy, 1 + ix - dx]
+                now = cost[iy, ix].astype(np.float64)
+                if not np.isnan(b).any():
+                    up, down = np.append(np.inf, b[:-1]) + small, np.append(b[1:], np.inf) + small
+                    now += np.minimum.reduce([b, up, down, np.full(nz, b.min() + large)]) - b.min()
+                path[1 + iy, 1 + ix] = now
+        want += path[1:-1, 1:-1]
     out = surface.smooth(cost, np.float32(small), np.float32(large))
     assert np.allclose(out, want, atol=1e-5)
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from mclnf_edge.config import AdaptConfig
-from mclnf_edge.engine import learn, torch_learn, torch_volume
+from mclnf_edge.engine import learn, torch_learn, torch_volume, volume
 from mclnf_edge.engine.torch_field import PlaneNetwork
 from mclnf_edge.engine.torch_volume import Course, Samples
+from mclnf_edge.mapping import optimizer
 from mclnf_edge.mapping.device import share
 from mclnf_edge.mapping.modules import ModulePool
 from mclnf_edge.mapping.optimizer import Fit, Optimizer
@@ -130,8 +131,9 @@ def spearman(a: Any, b: Any) -> float:
     return float(np.corrcoef(*ranks)[0, 1])
 
 
-def test_steps_are_those_of_the_kernels() -> None:
-    """Scores, weights and every array after two whole steps at the same samples."""
+def test_steps_are_those_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores, weights and every array after two whole steps at the same samples, all of them."""
+    monkeypatch.setattr(optimizer, "TRAINED_SAMPLES", volume.ALL)
     adapt = AdaptConfig(rays_per_step=RAYS)
     ours, theirs = small.make_pool(), small.make_pool()
     kernels, engine = Optimizer(adapt, 1), TorchEngine(adapt, NETWORK, "cpu")

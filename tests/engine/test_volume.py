@@ -279,6 +279,33 @@ def test_gradients_of_every_parameter(pool: ModulePool, traced: dict[str, Any]) 
     assert not gradient[others].any() and not d_weights[others].any(), "a frozen module was trained"
 
 
+def test_gradients_from_some_samples_are_right_on_average(
+    pool: ModulePool, traced: dict[str, Any]
+) -> None:
+    """Which samples count is drawn; the mean over many draws is the gradient from all of them."""
+    d_rgb = np.random.default_rng(3).normal(0, 1, (RAYS, 3)).astype(np.float32)
+
+    def gradient(most: float, seed: int, *parts: tuple[int, int]) -> tuple[int, Any]:
+        pool.gradient[0][:], pool.weight_gradient[0][:], pool.touched[0][:] = 0, 0, 0
+        queued = [
+            small.backward(pool, traced["scene"], traced["tape"], d_rgb, a, b, 0, most, seed)
+            for a, b in parts
+        ]
+        found = np.concatenate([pool.gradient[0].ravel(), pool.weight_gradient[0].ravel()])
+        pool.gradient[0][:], pool.weight_gradient[0][:], pool.touched[0][:] = 0, 0, 0
+        return sum(queued), found.astype(np.float64)
+
+    whole = (0, RAYS)
+    every, true = gradient(volume.ALL, 0, whole)
+    few, one = gradient(3.0, 1, whole)
+    assert few < 0.8 * every
+    error = np.linalg.norm(one - true) / np.linalg.norm(true)
+    mean = np.mean([gradient(3.0, seed, whole)[1] for seed in range(400)], axis=0)
+    # independent draws: the error of a mean of 400 is a twentieth of one's
+    assert 0.05 < error < 2 and np.linalg.norm(mean - true) < error / 12 * np.linalg.norm(true)
+    assert np.allclose(gradient(3.0, 1, (0, 40), (40, RAYS))[1], one, atol=1e-5)
+
+
 def test_exact_scores_are_every_rays_whole_gradient(
     pool: ModulePool, traced: dict[str, Any]
 ) -> None:
