@@ -108,13 +108,15 @@ def corrupted(flight: Flight, share: float) -> Flight:
 
 def test_one_percent_of_outliers_costs_little(flight: Flight) -> None:
     bad = corrupted(flight, 0.01)
-    scores = {}
-    for name, over, cap in (("clean", flight, 4.0), ("capped", bad, 4.0), ("open", bad, 1e6)):
-        m = mapper(over.frames, robust_cap=cap)
-        learn(m, 40)
-        scores[name] = score(m, flight)
-    assert scores["capped"] > scores["clean"] - 0.4
-    assert scores["open"] < scores["capped"] - 0.07
+    scores: dict[str, list[float]] = {"clean": [], "capped": [], "open": []}
+    for seed in range(3):  # one seed's differences vary by 0.05 dB
+        for name, over, cap in (("clean", flight, 4.0), ("capped", bad, 4.0), ("open", bad, 1e6)):
+            m = mapper(over.frames, robust_cap=cap, seed=seed)
+            learn(m, 40)
+            scores[name].append(score(m, flight))
+    clean, capped, uncapped = (float(np.mean(found)) for found in scores.values())
+    assert capped > clean - 0.4
+    assert uncapped < capped - 0.07
 
 
 # -- minimum of rays --------------------------------------------------------------------------
