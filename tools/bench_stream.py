@@ -246,7 +246,9 @@ def plot(runs: Sequence[Row], path: Path) -> None:
     """A panel per capture: PSNR against CPU seconds beside the peers'; folds as crosses."""
     from matplotlib.figure import Figure
 
-    names = list(dict.fromkeys(run["capture"] for run in runs))
+    names, known = list(dict.fromkeys(run["capture"] for run in runs)), peers()
+    every = dict.fromkeys(peer for levels in known.values() for peer in levels)
+    colours = dict(zip(every, ("C1", "C4", "C3", "C5", "C6", "C7", "C8", "C9"), strict=False))
     figure = Figure(figsize=(4 * len(names), 3.4), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         for run in (run for run in runs if run["capture"] == name):
@@ -256,10 +258,8 @@ def plot(runs: Sequence[Row], path: Path) -> None:
                 axes.plot(marks, values, "o-", color="C0", label="this daemon")
             else:
                 axes.plot(marks, values, "x", color="C2", label=f"fold {run['fold']}")
-        for (peer, levels), colour in zip(
-            peers().get(name, {}).items(), ("C1", "C4", "C3", "C5"), strict=False
-        ):
-            axes.plot(list(levels), list(levels.values()), "s--", color=colour, label=peer)
+        for peer, levels in known.get(name, {}).items():
+            axes.plot(list(levels), list(levels.values()), "s--", color=colours[peer], label=peer)
         axes.set(title=name, xlabel="CPU seconds", ylabel="held-out PSNR (dB)")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
